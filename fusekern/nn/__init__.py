@@ -1,0 +1,19 @@
+"""Drop-in modules made of the ops; their children are ordinary ``torch.nn`` modules, and so are their state dicts."""
+
+from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
+from fusekern.nn.convformer import ConvFormer, ConvFormerBlock, ConvFormerOutput
+from fusekern.nn.inverted_bottleneck import InvertedBottleneck
+from fusekern.nn.semantic_fpn import FeaturePyramid, SemanticFPN
+from fusekern.nn.text_transformer import TextTransformer
+
+__all__ = [
+    "ConvFormer",
+    "ConvFormerBlock",
+    "ConvFormerOutput",
+    "FeaturePyramid",
+    "ImageToTextBridge",
+    "InvertedBottleneck",
+    "SemanticFPN",
+    "TextToImageBridge",
+    "TextTransformer",
+]

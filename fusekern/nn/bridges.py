@@ -1,0 +1,113 @@
+"""The two ways across: image to text and text to image.
+
+``bridge="inner_product"`` is the paper's ablation (section 4.4, figure 3) as we read it, for no formula is given: the
+same bridges without softmax and without projections, ``A = (Q K^T / N) V`` per head with N the number of keys.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fusekern import ops
+from fusekern.backends import check_name
+
+BRIDGES = ("attention", "inner_product")
+DOWNSAMPLES = ("conv", "depthwise")
+
+
+class ImageToTextBridge(nn.Module):
+    """The paper's Conv2Former, equation 3: the text tokens gather from the down-sampled image.
+
+        T' = LN(T + W^O softmax(W^Q T X^T / sqrt(d)) X)    per head of d channels, X = downsample(I)
+
+    Args:
+        channels: C.
+        heads: attention heads.
+        downsample: the 3x3 convolution with stride 3 is full (``"conv"``) or depthwise (``"depthwise"``).
+        pad: rows and columns beyond a multiple of 3 are dropped (``"floor"``) or completed with zeros (``"ceil"``).
+        bridge: ``"attention"`` or ``"inner_product"``; the latter has no W^Q and no W^O.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Shape: text ``[B, K, C]`` and image ``[B, C, H, W]`` to ``[B, K, C]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 8,
+        *,
+        downsample: str = "conv",
+        pad: str = "floor",
+        bridge: str = "attention",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("downsample", downsample, DOWNSAMPLES)
+        check_choice("bridge", bridge, BRIDGES)
+        ops.downsampled_size(3, 3, pad)
+        groups = channels if downsample == "depthwise" else 1
+        self.downsample = nn.Conv2d(channels, channels, 3, stride=3, groups=groups)
+        if bridge == "attention":
+            self.query = nn.Linear(channels, channels)
+            self.out = nn.Linear(channels, channels)
+        self.norm = nn.LayerNorm(channels)
+        self.heads = heads
+        self.pad = pad
+        self.bridge = bridge
+        self.backend = check_name(backend)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        tokens = ops.downsample(image, self.downsample.weight, self.downsample.bias, pad=self.pad, backend=self.backend)
+        if self.bridge == "attention":
+            gathered = ops.conv2former(self.query(text), tokens, heads=self.heads, backend=self.backend)
+            return self.norm(text + self.out(gathered))
+        return self.norm(text + inner_product(text, tokens.flatten(2).transpose(1, 2), heads=self.heads))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, pad={self.pad!r}, bridge={self.bridge!r}, backend={self.backend!r}"
+
+
+class TextToImageBridge(nn.Module):
+    """The paper's Former2Conv, equation 4: the pixels gather from the text tokens.
+
+        I' = I + softmax(I (W^K T)^T / sqrt(d)) W^V T    per head of d channels
+
+    Args:
+        channels: C.
+        heads: attention heads.
+        bridge: ``"attention"`` or ``"inner_product"``; the latter has no parameters.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Shape: image ``[B, C, H, W]`` and text ``[B, K, C]`` to ``[B, C, H, W]``.
+    """
+
+    def __init__(self, channels: int, heads: int = 8, *, bridge: str = "attention", backend: str = "auto") -> None:
+        super().__init__()
+        check_choice("bridge", bridge, BRIDGES)
+        if bridge == "attention":
+            self.key = nn.Linear(channels, channels)
+            self.value = nn.Linear(channels, channels)
+        self.heads = heads
+        self.bridge = bridge
+        self.backend = check_name(backend)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        if self.bridge == "attention":
+            return ops.former2conv(image, self.key(text), self.value(text), heads=self.heads, backend=self.backend)
+        pixels = image.flatten(2).transpose(1, 2)
+        return image + inner_product(pixels, text, heads=self.heads).transpose(1, 2).reshape(image.shape)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, bridge={self.bridge!r}, backend={self.backend!r}"
+
+
+def inner_product(query: Tensor, keys: Tensor, *, heads: int) -> Tensor:
+    """``(Q K^T / N) K`` per head: ``[B, n, C]`` and ``[B, N, C]`` to ``[B, n, C]``."""
+    q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, keys))  # [B, heads, n or N, d]
+    return ((q @ k.transpose(2, 3) / keys.shape[1]) @ k).transpose(1, 2).flatten(2)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """A ``ValueError`` that lists the choices, unless ``value`` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,47 @@
+"""The text tokens among themselves, as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fusekern import ops
+from fusekern.backends import check_name
+
+
+class TextTransformer(nn.Module):
+    """Post-norm transformer block (the paper's Former): self-attention, then a feed-forward network with GELU.
+
+    It runs the op ``former`` on its children's weights; the children's own ``forward`` is not called.
+
+    Args:
+        channels: C.
+        heads: attention heads.
+        ffn_ratio: hidden width of the feed-forward network over C.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Shape: ``[B, K, C]`` to ``[B, K, C]``.
+    """
+
+    def __init__(self, channels: int, heads: int = 8, ffn_ratio: int = 2, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.up = nn.Linear(channels, ffn_ratio * channels)
+        self.down = nn.Linear(ffn_ratio * channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.heads = heads
+        self.backend = check_name(backend)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = (self.qkv, self.out, self.norm1, self.up, self.down, self.norm2)
+        return ops.former(
+            tokens,
+            *((part.weight, part.bias) for part in parts),
+            heads=self.heads,
+            eps=self.norm1.eps,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, backend={self.backend!r}"

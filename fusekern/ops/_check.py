@@ -1,0 +1,46 @@
+"""Checks of tensor arguments. Each raises a ``ValueError`` that names the argument, what it is and what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Tensor, layout: str, **sizes: int) -> None:
+    """``layout`` as in ``"B C 3 3"``; ``sizes`` gives the letters whose size is known."""
+    letters = layout.split()
+    wanted = [int(letter) if letter.isdigit() else sizes.get(letter) for letter in letters]
+    if tensor.dim() != len(letters) or any(
+        size is not None and size != found for size, found in zip(wanted, tensor.shape, strict=True)
+    ):
+        known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+        where = f" with {known}" if known else ""
+        raise ValueError(f"{name} must be [{', '.join(letters)}]{where}; got shape {list(tensor.shape)}")
+
+
+def check_alike(**tensors: Tensor | None) -> None:
+    """All floating point, on one device, and outside autocast of one dtype."""
+    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first, leader = present[0]
+    autocast = torch.amp.is_autocast_available(leader.device.type) and torch.is_autocast_enabled(leader.device.type)
+    for name, tensor in present:
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != leader.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {leader.device}: they must share a device")
+        if tensor.dtype != leader.dtype and not autocast:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, {first} {leader.dtype}: outside autocast they must share a dtype"
+            )
+
+
+def check_tokens(name: str, tensor: Tensor) -> None:
+    """``[B, K, C]`` with at least one token."""
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one token; got shape {list(tensor.shape)}")
+
+
+def check_heads(channels: int, heads: int) -> None:
+    """Heads split the channels evenly."""
+    if heads < 1 or channels % heads:
+        raise ValueError(f"heads must divide the channels: got heads = {heads}, C = {channels}")
