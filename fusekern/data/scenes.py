@@ -253,7 +253,8 @@ def write_scenes(
             work.chmod(0o755)  # mkdtemp's own is for this user alone
             for split, (folder, count) in enumerate(zip(("training", "validation"), images, strict=True)):
                 _write_split(work, folder, [np.random.default_rng((seed, split, k)) for k in range(count)], size)
-            (work / MANIFEST).write_text(json.dumps(_manifest(images, size, seed), indent=2) + "\n")
+            about = {"format": _FORMAT, "images": list(images), "size": list(size), "seed": seed}
+            (work / MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
             os.rename(work, root)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -262,18 +263,18 @@ def write_scenes(
 
 
 def ensure_scenes(root: str | Path) -> None:
-    """Make sure that ``root`` holds the scenes, drawn with the defaults of ``write_scenes``.
+    """Make sure that ``root`` holds scenes: those that are there, or new ones with the defaults of ``write_scenes``.
 
     Several processes may call it at once: the first to finish writes the folder, and all use it.
 
     Raises:
-        FusekernError: ``root`` holds something else, or cannot be written.
+        FusekernError: ``root`` holds something else, or scenes of another version, or cannot be written.
     """
     root = Path(root)
     if _holds_scenes(root):
         return
     try:
-        write_scenes(root)
+        write_scenes(root, images=IMAGES, size=SIZE)
     except FusekernError:
         if not _holds_scenes(root):  # else another process was faster
             raise
@@ -296,15 +297,15 @@ def _holds_scenes(root: Path) -> bool:
     if _vacant(root):
         return False
     try:
-        found = json.loads((root / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads((root / MANIFEST).read_text())["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise FusekernError(
             f"{root} holds something other than the built-in scenes (no readable {MANIFEST}): "
             "point data.root to a new folder"
         ) from error
-    if found != _manifest(IMAGES, SIZE, 0):
+    if found != _FORMAT:
         raise FusekernError(
-            f"{root} holds other scenes, {found}, than the built-in ones, {_manifest(IMAGES, SIZE, 0)}: "
+            f"{root} holds scenes of version {found}, this fusekern draws version {_FORMAT}: "
             "delete it, or point data.root to a new folder"
         )
     return True
@@ -312,10 +313,6 @@ def _holds_scenes(root: Path) -> bool:
 
 def _vacant(root: Path) -> bool:
     return not root.exists() or (root.is_dir() and not any(root.iterdir()))
-
-
-def _manifest(images: tuple[int, int], size: tuple[int, int], seed: int) -> dict:
-    return {"format": _FORMAT, "images": list(images), "size": list(size), "seed": seed}
 
 
 @cache

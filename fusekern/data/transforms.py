@@ -42,7 +42,7 @@ class TrainTransform:
         image, label = image[:, rows, columns], label[rows, columns]
         if rng.random() < data.flip:
             image, label = image.flip(2), label.flip(1)
-        image = image.float() / 255
+        image = image.contiguous().float() / 255  # decoded images have their channels last, slow for what follows
         if data.photometric:
             image = _distort(image, rng)
         return _pad(image, label, data)

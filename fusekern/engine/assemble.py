@@ -81,18 +81,19 @@ def refuse_other_data(checkpoint: Checkpoint, data: Data, *, world: int) -> None
         )
     if state["images"] != data.images:
         raise FusekernError(
-            f"the training images are not those of {path}: {state['images']['count']} then, {data.images['count']} now, "
-            "or other names; the batches would differ"
+            f"the training images are not those of {path}: {state['images']['count']} then, {data.images['count']} "
+            "now, or other names; the batches would differ"
         )
     if state["world"] != world:
         raise FusekernError(
-            f"{path} is from a run of {state['world']} processes, this one has {world}: each process has its own random "
-            "numbers and batch statistics, so it would not be the same run; --init starts a new one from these weights"
+            f"{path} is from a run of {state['world']} processes, this one has {world}: each process has its own "
+            "random numbers and batch statistics, so it would not be the same run; --init starts a new one from these "
+            "weights"
         )
     if any(state[key] != value for key, value in surroundings().items()):
         log.warning(
-            "%s was written under %s with %d threads, this is %s with %d: the weights may differ in their last bits from "
-            "those of a run never stopped",
+            "%s was written under %s with %d threads, this is %s with %d: the weights may differ in their last bits "
+            "from those of a run never stopped",
             *(path, state["versions"], state["threads"], *surroundings().values()),
         )
 

@@ -1,9 +1,9 @@
 """Checkpoints: a folder of safetensors files and one JSON file, no pickle in either direction.
 
 ``RUN/checkpoints/step-00000100/`` holds ``model.safetensors``, ``ema.safetensors`` (with ``train.ema``),
-``optimizer.safetensors`` (``PARAMETER::exp_avg``), ``rng.safetensors`` (``rank0.cpu``) and ``state.json`` (the recipe, the
-classes and all else that is no tensor). A folder is written under a temporary name and renamed when it is on the disk, so
-whatever is called ``step-...`` is whole.
+``optimizer.safetensors`` (``PARAMETER::exp_avg``), ``rng.safetensors`` (``rank0.cpu``) and ``state.json`` (the recipe,
+the classes and all else that is no tensor). A folder is written under a temporary name and renamed when it is on the
+disk, so whatever is called ``step-...`` is whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from fusekern import recipes
@@ -60,8 +60,8 @@ class Checkpoint:
 class LoadedSegmenter:
     """A trained segmenter in eval mode, and where it comes from.
 
-    ``weights_used`` is ``model`` or ``ema``; ``text_source`` is None without guidance; ``language_prior`` says whether the
-    embeddings of the class names carry meaning.
+    ``weights_used`` is ``model`` or ``ema``; ``text_source`` is None without guidance; ``language_prior`` says whether
+    the embeddings of the class names carry meaning.
     """
 
     model: Segmenter
@@ -96,21 +96,16 @@ def save(run: Path, step: int, *, state: dict, tensors: Mapping[str, Mapping[str
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             flat = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-            save_file(flat, temporary / f"{name}.safetensors")
-        (temporary / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        for path in (*temporary.iterdir(), temporary):
-            _to_disk(path)
+            _write(temporary / f"{name}.safetensors", tensors_to_bytes(flat))
+        _write(temporary / STATE, json.dumps({"format": FORMAT, "step": step, **state}, indent=1).encode())
+        _to_disk(temporary)
         temporary.rename(final)
         _to_disk(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = find(run)
         reason = f"no space left ({error})" if is_disk_full(error) else str(error)
-        kept = (
-            f"the checkpoint before, {last.name}, is whole: go on from it with --resume auto"
-            if last
-            else "none is saved yet"
-        )
+        kept = f"{last.name} before it is whole: go on from there with --resume auto" if last else "none is saved yet"
         raise FusekernError(f"step {step} could not be saved in {folder}: {reason}; {kept}") from error
     for old in _complete(run)[:-keep]:
         doomed = old.with_name(f".old-{old.name}")
@@ -124,10 +119,9 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether the operating system, or safetensors for it, found no room (or a quota or a size limit exceeded)."""
-    number = re.search(r"(?i)(?:errno|os error) (\d+)", str(error))
-    return number is not None and int(number.group(1)) in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+def is_disk_full(error: OSError) -> bool:
+    """Whether there was no room left, or a quota or a size limit stood in the way."""
+    return error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def find(run: Path) -> Path | None:
@@ -208,6 +202,15 @@ def load(path: str | Path) -> Checkpoint:
     return decode(read(folder), folder)
 
 
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe of a checkpoint; ``path`` as in ``resolve``.
+
+    Raises:
+        FusekernError: as ``load``.
+    """
+    return recipes.from_dict(load(path).state["recipe"])
+
+
 def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.device = "cpu") -> LoadedSegmenter:
     """Rebuilds a trained segmenter from its checkpoint alone: no data set, no text tower, no download.
 
@@ -248,7 +251,7 @@ def rebuild(recipe: Recipe, classes: int, tensors: Mapping[str, Tensor]) -> Segm
 
 
 def read_weights(path: Path) -> tuple[Path, bytes]:
-    """The safetensors file that ``--init`` means, and its contents: a file, or the model's in a checkpoint or run folder.
+    """The safetensors file that ``--init`` means, and its contents; in a checkpoint or run folder it is the model's.
 
     Raises:
         FusekernError: no such file, or a pickle.
@@ -348,8 +351,15 @@ def _complete(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("checkpoints/step-*") if _FOLDER.fullmatch(path.name) and path.is_dir())
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_disk(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -133,5 +133,5 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str,
             optimizer.state[parameter][key] = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
         else:
             raise FusekernError(
-                f"{source}: {full} is {list(tensor.shape)} in the file, its parameter {list(parameter.shape)} in the model"
+                f"{source}: {full} is {list(tensor.shape)}, but its parameter is {list(parameter.shape)}"
             )

@@ -57,6 +57,6 @@ class StopSignals:
 
 
 def leave_signals_to_trainer(worker: int) -> None:
-    """For loader processes, which a Ctrl-C reaches too: they end when the training process tells them to, or is gone."""
+    """For loader processes, which a Ctrl-C reaches too: they end when the training process says so, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

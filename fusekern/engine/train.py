@@ -71,11 +71,10 @@ def train(recipe: Recipe, *, out: str | Path, resume: str | None = None, init: s
     main = accelerator.is_main_process
     try:
         with run_folder.console_log(visible=main):
-            checkpoint, initial = _find_start(recipe, out, resume, init, accelerator)
-            run = _Run(recipe, out, accelerator, checkpoint, initial)
+            run = _Run(recipe, out, accelerator, *_find_start(recipe, out, resume, init, accelerator))
             if run.step == recipe.train.steps:
                 log.info("the run has ended already, after %d steps: nothing is left to do", run.step)
-                return checkpoint.path
+                return run.source
             with run_folder.open_run(out, recipe, run.step) if main else nullcontext(), StopSignals() as signals:
                 return run.loop(signals)
     except OSError as error:
@@ -167,13 +166,15 @@ class _Run:
         checkpoint: Checkpoint | None,
         initial: tuple[Path, dict[str, Tensor]] | None,
     ):
-        self.recipe, self.out, self.accelerator, self.checkpoint = recipe, out, accelerator, checkpoint
+        self.recipe, self.out, self.accelerator = recipe, out, accelerator
         self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.data = assemble.open_data(recipe, accelerator)
-        self.step, self.score = 0, {"last": None, "best": None, "best_step": None}
+        self.step, self.source, self.rng = 0, None, {}
+        self.score = {"last": None, "best": None, "best_step": None}
         if checkpoint:
+            self.step, self.source, self.rng = checkpoint.state["step"], checkpoint.path, checkpoint.rng
+            self.score = checkpoint.state["score"]
             assemble.refuse_other_data(checkpoint, self.data, world=self.world)
-            self.step, self.score = checkpoint.state["step"], checkpoint.state["score"]
         self.text = assemble.embed(recipe, self.data.spec, checkpoint)
         model = assemble.build_model(recipe, self.data.spec, self.text, checkpoint, initial)
         self.model = assemble.place(model, accelerator)
@@ -183,8 +184,8 @@ class _Run:
         )
         self.forward, self.stepper = accelerator.prepare(_Forward(self.model), self.optimizer)
         if checkpoint:
-            source = checkpoint.path / "optimizer.safetensors"
-            optim.load_optimizer(self.model, self.optimizer, checkpoint.optimizer, source)
+            file = checkpoint.path / "optimizer.safetensors"
+            optim.load_optimizer(self.model, self.optimizer, checkpoint.optimizer, file)
             if accelerator.scaler:
                 accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
@@ -223,8 +224,8 @@ class _Run:
     def _describe(self) -> None:
         settings, val = self.recipe.train, self.data.val
         log.info(
-            "%s step %d of %d on %d x %s, %s; batch %d = %d processes x %d rounds x %d images",
-            *("resuming after" if self.checkpoint else "starting from", self.step, settings.steps),
+            "%s at step %d of %d on %d x %s, %s; batch %d = %d processes x %d rounds x %d images",
+            *(f"resuming {self.source}" if self.source else "starting", self.step, settings.steps),
             *(self.world, self.device.type, settings.precision, settings.batch, self.world, settings.accumulate),
             settings.batch // (self.world * settings.accumulate),
         )
@@ -253,10 +254,10 @@ class _Run:
     def _seed(self) -> None:
         """Sets the random numbers that dropout draws, each process its own."""
         torch.manual_seed(self.recipe.train.seed + self.rank)
-        if self.checkpoint:
-            torch.set_rng_state(self.checkpoint.rng[f"rank{self.rank}.cpu"])
+        if self.rng:
+            torch.set_rng_state(self.rng[f"rank{self.rank}.cpu"])
             if self.device.type == "cuda":
-                torch.cuda.set_rng_state(self.checkpoint.rng[f"rank{self.rank}.cuda"], self.device)
+                torch.cuda.set_rng_state(self.rng[f"rank{self.rank}.cuda"], self.device)
 
     def _round(self, batch: dict, turn: int) -> _Round:
         """Adds the gradients of one micro-batch; the last of a step also averages them over the processes."""
@@ -274,8 +275,8 @@ class _Run:
         own = "; ".join(str(part) for part in rounds if not part.finite)
         found = "; ".join(text for text in gather_text(own, device=self.device) if text)
         raise FusekernError(
-            f"step {self.step + 1}: the loss is not finite: {found}. The step changed no weight and earlier checkpoints are "
-            "sound: look at these images with fusekern check-data, or lower optim.lr, or set optim.clip"
+            f"step {self.step + 1}: the loss is not finite: {found}. The step changed no weight and earlier "
+            "checkpoints are sound: look at these images with fusekern check-data, or lower optim.lr, or set optim.clip"
         )
 
     def _update(self) -> Tensor | None:
@@ -325,5 +326,6 @@ class _Run:
         }
         if self.rank == 0:
             checkpoints.save(self.out, self.step, state=state, tensors=tensors, keep=self.recipe.train.keep)
+            log.info("step %d/%d  saved", self.step, self.recipe.train.steps)
         self.accelerator.wait_for_everyone()  # a process that ends early would make torchrun end the one that writes
         return checkpoints.folder_of(self.out, self.step)

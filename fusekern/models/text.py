@@ -113,10 +113,10 @@ def mean_token_cosine(text: Tensor) -> Tensor:
 
 
 def _hash_vectors(names: tuple[str, ...], width: int) -> Tensor:
-    # A sum of eight bytes is close to normal, and integers, one square root and one division are exact: the same bits
-    # on every machine, which the logarithm and cosine of a Box-Muller transform would not promise.
-    digests = b"".join(hashlib.shake_256(name.encode()).digest(8 * width) for name in names)
-    values = np.frombuffer(digests, np.uint8).reshape(len(names), width, 8).sum(-1, dtype=np.int64) - 8 * 255 // 2
+    # A sum of seven bytes is close to normal and, centred and doubled, odd: never zero. Integers, one square root and
+    # one division are exact: the same bits on every machine, which a logarithm and a cosine would not promise.
+    digests = b"".join(hashlib.shake_256(name.encode()).digest(7 * width) for name in names)
+    values = 2 * np.frombuffer(digests, np.uint8).reshape(len(names), width, 7).sum(-1, dtype=np.int64) - 7 * 255
     lengths = np.sqrt((values * values).sum(-1, keepdims=True))
     return torch.from_numpy((values / lengths).astype(np.float32))
 

@@ -144,6 +144,8 @@ class ConvFormer(nn.Module):
             )
         if text.dim() == 2:
             text = text.expand(image.shape[0], -1, -1)
+        if text.shape[0] != image.shape[0]:
+            raise ValueError(f"text is for {text.shape[0]} images, image holds {image.shape[0]}")
         self._warn_of_one_token(image)
         if self.blocks:
             image, text = self._fuse(image, text)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
+
+
+class _TorchRandom:
+    """Lets hypothesis seed torch before every example, so that a failing one fails again when it is replayed."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis keeps a weak reference only
+hypothesis.register_random(_TORCH_RANDOM)
 
 
 @pytest.fixture(autouse=True)

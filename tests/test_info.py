@@ -1,0 +1,62 @@
+import json
+
+import torch
+
+import fusekern
+from fusekern import backends, info, use_backend
+from fusekern.backends import OPS
+
+
+def test_collects_plain_values():
+    found = info.collect()
+    assert json.loads(json.dumps(found)) == found
+    assert found["version"] == fusekern.__version__
+    assert (
+        found["packages"]["torch"] == torch.__version__.split("+")[0] or found["packages"]["torch"] == torch.__version__
+    )
+    assert "cpu" in found["devices"]
+    assert list(found["ops"]["cpu"]) == list(OPS)
+
+
+def test_says_what_every_op_gets_and_why_not_the_others():
+    for row in info.collect()["ops"]["cpu"].values():
+        assert row["backend"] == "reference"
+        assert set(row["not"]) == {"cuda", "triton", "cpp"}
+        assert all(row["not"].values())
+
+
+def test_text_names_every_op_and_reason():
+    found = info.collect()
+    text = info.render(found)
+    for name in (*OPS, *found["packages"], "_C", "_C_cuda", "this version has no C++ sources", "no Triton kernel"):
+        assert name in text
+    assert max(map(len, text.splitlines())) < 180
+
+
+def test_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
+    found = info.collect()
+    assert found["packages"]["no-such-package"] is None
+    assert "no-such-package    not installed" in info.render(found)
+
+
+def test_a_kernel_shows_up(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "cpp", backends.Backend("C++", "cpu", ""))
+    monkeypatch.setattr(backends, "_kernels", {op: {} for op in OPS})
+    backends.register("former", "cpp", lambda *arguments: [])
+    backends.register("score_map", "cpp", lambda image, text, normalize, concat: ["it has one reason"])
+    found = info.collect()
+    assert found["ops"]["cpu"]["former"]["backend"] == "cpp"
+    assert found["ops"]["cpu"]["former"]["not"]["reference"] == []
+    assert found["ops"]["cpu"]["score_map"] == {
+        "backend": "reference",
+        "not": {**found["ops"]["cpu"]["score_map"]["not"], "cpp": ["it has one reason"]},
+    }
+    text = info.render(found)
+    assert "  former               cpp\n    not reference: it is slower" in text
+    assert "    not cpp: it has one reason" in text
+
+
+def test_the_default_backend_does_not_disturb_it():
+    with use_backend("triton"):
+        assert info.collect()["ops"]["cpu"]["former"]["backend"] == "reference"
