@@ -71,7 +71,7 @@ def run(data: Path, out: Path, seeds: list[int], steps: int, jobs: int) -> None:
             return
         fusekern = [sys.executable, "-m", "fusekern"]
         options = ["--data.root", str(data), "--train.seed", str(seed), "--train.steps", str(steps)]
-        options += ["--train.eval_every", str(steps // 10), "--out", str(folder), "--resume", "auto"]
+        options += ["--train.eval_every", str(steps // 6), "--out", str(folder), "--resume", "auto"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*fusekern, "train", *arms(data)[arm], *options], check=True, env=environment)
         subprocess.run([*fusekern, "eval", str(folder)], check=True, env=environment)

@@ -100,7 +100,12 @@ def read_label_values(path: str | Path) -> np.ndarray:
         raise NotSingleChannel(
             f"{path}: a label of mode {picture.mode}; a single-channel or palette PNG of class ids is needed"
         )
-    return np.array(picture)
+    values = np.array(picture)
+    if picture.format == "PNG" and picture.mode == "L":
+        with open(path, "rb") as file:
+            depth = file.read(25)[24]  # bits a pixel: Pillow stretches grey values of 2 and 4 bits to 0..255
+        values //= 255 // (2**depth - 1)
+    return values
 
 
 class NotSingleChannel(FusekernError):

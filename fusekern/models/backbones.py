@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 from pathlib import Path
@@ -16,7 +15,7 @@ from fusekern.errors import FusekernError
 logger = logging.getLogger(__name__)
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
-_PROBE = (160, 224)
+_PROBE = (96, 160)
 
 
 class Backbone(nn.Module):
@@ -123,16 +122,17 @@ def _create(timm, config: BackboneConfig, tag: str | None) -> nn.Module:
 
 
 def _check_levels(config: BackboneConfig, net: nn.Module, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """Run shapes alone through a copy: declared levels are not always what comes out."""
+    """Run a small image: declared levels are not always what comes out."""
     needed = tuple(min(stride, config.output_stride) for stride in (4, 8, 16, 32))
     problem = f"model.backbone.name: {config.name} does not fit: "
     if strides != needed:
         raise FusekernError(f"{problem}its last levels have strides {strides}, needed {needed}")
     try:
         with torch.no_grad():
-            levels = copy.deepcopy(net).to("meta").eval()(torch.empty(1, 3, *_PROBE, device="meta"))
+            levels = net.eval()(torch.zeros(1, 3, *_PROBE))
     except Exception as error:  # an assertion or a shape error from inside the architecture
         raise FusekernError(f"{problem}it must take any image size, failed at {_PROBE}: {error}") from error
+    net.train()
     shapes = [tuple(level.shape) for level in levels]
     if any(len(shape) != 4 or shape[1] != width for shape, width in zip(shapes, channels, strict=True)):
         raise FusekernError(f"{problem}needed NCHW levels of width {channels}, found {shapes} for {_PROBE}")
