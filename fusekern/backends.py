@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def register(op: str, backend: str, why_not: Callable[..., list[str]]) -> None:
     _kernels[op][backend] = why_not
 
 
-def why_not(op: str, backend: str, *arguments: object) -> list[str]:
+def why_not(op: str, backend: str, *arguments: Any) -> list[str]:
     """All reasons why ``backend`` cannot run ``op`` on these arguments; empty if it can.
 
     The first argument of every op is a tensor, whose device counts for all.
@@ -90,7 +91,7 @@ def why_not(op: str, backend: str, *arguments: object) -> list[str]:
     return reasons
 
 
-def resolve(op: str, backend: str, *arguments: object) -> str:
+def resolve(op: str, backend: str, *arguments: Any) -> str:
     """The backend that runs ``op`` on these arguments.
 
     Args:

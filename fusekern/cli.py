@@ -90,6 +90,7 @@ def check_data(argv: Sequence[str]) -> None:
     from fusekern import recipes
     from fusekern.data.check import check_data as check
     from fusekern.data.check import render
+    from fusekern.data.scenes import ensure_scenes
     from fusekern.data.spec import load_spec
 
     parser = argparse.ArgumentParser(prog="fusekern check-data", description="Look at every file of a data set.")
@@ -102,6 +103,8 @@ def check_data(argv: Sequence[str]) -> None:
     if options.data in recipes.names():
         data = recipes.load(options.data).data
         options.data, options.root = data.dataset, options.root or data.root
+    if options.data == "scenes" and options.root:
+        ensure_scenes(options.root)
     report = check(load_spec(options.data), options.root, options.out)
     print(render(report))
     if not report["ok"]:

@@ -156,7 +156,7 @@ def _check_split(spec: DatasetSpec, root: Path, name: str, split: Split) -> tupl
 
 
 def _existing_labels(root: Path, split: Split) -> set[Path]:
-    nested = "*" in split.images.rpartition("/")[0]
+    nested = set(split.images.rpartition("/")[0]) & set("*?[")
     pattern = split.labels.replace("{stem}", "**/*" if nested else "*")
     return {root / file for file in glob.glob(pattern, root_dir=root, recursive=True) if (root / file).is_file()}
 

@@ -76,9 +76,7 @@ def refuse_other_data(checkpoint: Checkpoint, data: Data, *, world: int) -> None
     now = json.loads(json.dumps(checkpoints.spec_to_dict(data.spec)))
     changed = [key for key in now if key not in ("root", "palette") and now[key] != saved.get(key)]
     if changed:
-        raise FusekernError(
-            f"{path} is from another state of the data set {data.spec.name}: changed {', '.join(changed)}"
-        )
+        raise FusekernError(f"{path}: the data set {data.spec.name} has changed since, in {', '.join(changed)}")
     if state["images"] != data.images:
         raise FusekernError(
             f"the training images are not those of {path}: {state['images']['count']} then, {data.images['count']} "

@@ -47,12 +47,10 @@ def choose_start(out: Path, recipe: Recipe, resume: str | None) -> Path | None:
         start = checkpoints.resolve(resume)
         last = checkpoints.find(out)
         if found and start.resolve().parent != (out / "checkpoints").resolve():
-            raise FusekernError(
-                f"{out} holds another run than {start}: name the run folder of the checkpoint or a new one"
-            )
+            raise FusekernError(f"{out} holds another run than {start}: name the checkpoint's own folder or a new one")
         if last is not None and last.name != start.name:
             raise FusekernError(
-                f"{start} is not the last checkpoint of {out}: remove {last.name}, or name another --out"
+                f"{start} is not the last checkpoint of {out}: remove {last.name} or name another --out"
             )
         return start
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -56,15 +57,15 @@ def train(recipe: Recipe, *, out: str | Path, resume: str | None = None, init: s
     deterministic = recipe.train.deterministic and cuda
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
-    # DDP regroups its buckets after the first step of a run, a resumed one's too, and over more than two processes the
-    # grouping decides the order of additions. One gradient a bucket leaves nothing to regroup.
-    bucket = 25 if cuda and not deterministic else 1e-6  # MiB
+    # DDP regroups gradients after the first step of a run, a resumed one's too, and over more than two processes the
+    # grouping decides the order of additions. Looking for unused parameters, of which there are none, prevents that.
+    keep_groups = (deterministic or not cuda) and int(os.environ.get("WORLD_SIZE", "1")) > 2
     accelerator = Accelerator(
         mixed_precision="no" if recipe.train.precision == "fp32" else recipe.train.precision,
         cpu=not cuda,
         log_with="tensorboard",
         project_dir=out,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, bucket_cap_mb=bucket)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=keep_groups)],
     )
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or deterministic)
@@ -175,6 +176,7 @@ class _Run:
             self.step, self.source, self.rng = checkpoint.state["step"], checkpoint.path, checkpoint.rng
             self.score = checkpoint.state["score"]
             assemble.refuse_other_data(checkpoint, self.data, world=self.world)
+        self.loader = self._loader()
         self.text = assemble.embed(recipe, self.data.spec, checkpoint)
         model = assemble.build_model(recipe, self.data.spec, self.text, checkpoint, initial)
         self.model = assemble.place(model, accelerator)
@@ -182,7 +184,9 @@ class _Run:
         self.optimizer, self.backbone_mult = assemble.make_optimizer(
             self.model, recipe, checkpoint, trained=initial is not None
         )
-        self.forward, self.stepper = accelerator.prepare(_Forward(self.model), self.optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a newer name in torch 2.15
+            self.forward, self.stepper = accelerator.prepare(_Forward(self.model), self.optimizer)
         if checkpoint:
             file = checkpoint.path / "optimizer.safetensors"
             optim.load_optimizer(self.model, self.optimizer, checkpoint.optimizer, file)
@@ -194,7 +198,7 @@ class _Run:
         settings = self.recipe.train
         reports = Reports(self.out, self.accelerator, settings, self.text, self.step, self.score)
         self._describe()
-        micro_batches = iter(self._loader())
+        micro_batches = iter(self.loader)
         self._seed()
         with reports.bar:
             while self.step < settings.steps:

@@ -66,10 +66,15 @@ class ConvFormerGuidance(nn.Module):
         config: settings of the layer and of the auxiliary loss. ``aux_tau`` divides the score map before its cross
             entropy: 0.07 suits cosines; with ``normalize=False`` the scores are raw inner products of order 100, which
             want a tau of 1 or more.
+
+    Raises:
+        ValueError: settings that the layer refuses, a tau that is not positive, or a negative weight.
     """
 
     def __init__(self, in_channels: int, text_width: int, classes: int, config: GuidanceConfig) -> None:
         super().__init__()
+        if config.aux_tau <= 0 or config.aux_weight < 0:
+            raise ValueError(f"needed aux_tau > 0 and aux_weight >= 0, got {config.aux_tau} and {config.aux_weight}")
         width = config.channels
         self.projection = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width))
         self.text = nn.Identity() if text_width == width else TextLinear(text_width, width)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusekern.config import DataConfig, ModelConfig
+from fusekern.errors import FusekernError
 from fusekern.models.backbones import Backbone, build_backbone
 from fusekern.models.guidance import ConvFormerGuidance, NoGuidance
 from fusekern.nn import FeaturePyramid, SemanticFPN
@@ -116,8 +117,8 @@ def build_segmenter(model: ModelConfig, data: DataConfig, classes: int, text: Te
         seed: seed of the initial weights.
 
     Raises:
-        FusekernError: a backbone or weights that cannot be used.
-        ValueError: text missing, not `[K, D]`, or settings that the layer refuses.
+        FusekernError: a backbone, weights or settings of the guidance that cannot be used.
+        ValueError: text missing or not `[K, D]`.
     """
     with _stream(seed, "backbone"):
         backbone = build_backbone(model.backbone)
@@ -128,8 +129,11 @@ def build_segmenter(model: ModelConfig, data: DataConfig, classes: int, text: Te
         if text is None or text.ndim != 2 or len(text) != classes:
             found = None if text is None else list(text.shape)
             raise ValueError(f"text must be [K, D] with K = {classes} classes for guidance convformer, got {found}")
-        with _stream(seed, "guidance"):
-            guidance = ConvFormerGuidance(backbone.channels[-1], text.shape[1], classes, model.guidance)
+        try:
+            with _stream(seed, "guidance"):
+                guidance = ConvFormerGuidance(backbone.channels[-1], text.shape[1], classes, model.guidance)
+        except ValueError as error:
+            raise FusekernError(f"model.guidance: {error}") from error
         for name, module in guidance.named_modules(prefix="guidance"):
             if hasattr(module, "reset_parameters"):
                 with _stream(seed, name):

@@ -18,6 +18,7 @@ from fusekern.config import EvalConfig
 from fusekern.data.folder import Sample, SegmentationFolder
 from fusekern.data.scenes import write_scenes
 from fusekern.data.spec import load_spec
+from fusekern.data.transforms import resize_for_test
 from fusekern.engine.evaluate import evaluate, evaluate_checkpoint
 from fusekern.engine.histogram import histogram_baseline
 from fusekern.engine.metrics import ConfusionMatrix
@@ -34,13 +35,14 @@ def test_matrix_is_that_of_the_resized_logits():
             size = label.shape
             factor = min(64 / max(size), 32 / min(size))
             fitted = [int(side * factor + 0.5) for side in size]
-            resized = F.interpolate(image[None].float(), fitted, mode="bilinear", antialias=True).round() / 255
-            logits = F.interpolate(model.eval()(resized).logits, size, mode="bilinear", align_corners=False)
+            resized = resize_for_test(image, (64, 32))
+            assert list(resized.shape[1:]) == fitted
+            logits = F.interpolate(model.eval()(resized[None]).logits, size, mode="bilinear", align_corners=False)
             expected.update(logits.argmax(1)[0], label)
     found = evaluate(model, data, CONFIG, device="cpu").counts
     assert found.sum() == sum((sample.label != 255).sum() for sample in data)
-    # The uint8 rounding of the resized image may fall either way in the two implementations.
-    assert (found - expected.counts).abs().sum() <= 0.002 * found.sum()
+    # Logits within float32 rounding of each other may swap: a pixel or two of 3647.
+    assert (found - expected.counts).abs().sum() <= 4
 
 
 def test_leaves_the_model_and_the_random_state_alone():
@@ -83,10 +85,10 @@ def test_report(scenes, tmp_path, capsys):
     assert stored == json.loads(json.dumps(report))
     names = load_spec("scenes").names
     folder = SegmentationFolder(load_spec("scenes"), "val", scenes)
-    matrix = evaluate(model, folder, EvalConfig(scale=(128, 96)), device="cpu")
+    matrix = evaluate(model, folder, EvalConfig(scale=(256, 192)), device="cpu")
     assert stored["miou"] == matrix.miou and stored["accuracy"] == matrix.accuracy
     assert stored["images"] == 5 and stored["step"] == 300 and stored["weights"] == "ema" and stored["split"] == "val"
-    assert stored["protocol"]["scale"] == [128, 96] and stored["language_prior"] is False
+    assert stored["protocol"]["scale"] == [256, 192] and stored["language_prior"] is False
     assert stored["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000300")
     train = SegmentationFolder(load_spec("scenes"), "train", scenes)
     assert stored["baseline"]["miou"] == histogram_baseline(train, folder, len(names)).miou
@@ -95,7 +97,7 @@ def test_report(scenes, tmp_path, capsys):
     assert [row["name"] for row in rows] == list(names) and {row["note"] for row in rows} == {"no language prior"}
     assert min(Image.open(tmp_path / "eval" / "confusion.png").size) > 300
     printed = capsys.readouterr().out
-    assert "EMA weights" in printed and "whole image, fitted into 128x96, times 1.0, no flip, fp32" in printed
+    assert "EMA weights" in printed and "whole image, fitted into 256x192, times 1.0, no flip, fp32" in printed
     scores = [line for line in printed.splitlines() if line.startswith(("text", "class", "mIoU", "pixel"))]
     assert len(scores) == 5 and all("no language prior" in line for line in scores)
     assert "colour alone" in printed and f"{100 * matrix.miou:.2f}" in printed
@@ -113,10 +115,10 @@ def test_only_hashed_text_is_said_to_lack_a_prior(source, kind, scenes, tmp_path
 def test_says_which_weights_were_used(scenes, tmp_path, capsys):
     models = save_checkpoint(tmp_path, scenes, kind="none", weights="model")
     folder = SegmentationFolder(load_spec("scenes"), "val", scenes)
-    config = EvalConfig(scale=(128, 96))
+    config = EvalConfig(scale=(256, 192))
     expected = {name: evaluate(model, folder, config, device="cpu").miou for name, model in models.items()}
     assert expected["model"] != expected["ema"]
-    for override, used in [(None, "model"), (config, "ema"), (EvalConfig(scale=(128, 96), weights="model"), "model")]:
+    for override, used in [(None, "model"), (config, "ema"), (EvalConfig(scale=(256, 192), weights="model"), "model")]:
         report = evaluate_checkpoint(tmp_path, override)
         assert report["weights"] == used and report["miou"] == expected[used]
         assert ("not EMA" in capsys.readouterr().out) is (used == "model")
@@ -125,11 +127,11 @@ def test_says_which_weights_were_used(scenes, tmp_path, capsys):
 def test_protocol_and_root_can_be_overridden(scenes, tmp_path, capsys):
     save_checkpoint(tmp_path, tmp_path / "gone", kind="none")
     config = EvalConfig(
-        mode="slide", scale=(128, 96), crop=(64, 64), stride=(32, 48), ratios=(0.5, 1.0), flip=True, precision="bf16"
+        mode="slide", scale=(256, 192), crop=(64, 64), stride=(32, 48), ratios=(0.5, 1.0), flip=True, precision="bf16"
     )
     report = evaluate_checkpoint(tmp_path, config, root=str(scenes), split="train")
     assert report["images"] == 3 and report["protocol"]["mode"] == "slide"
-    protocol = "windows of 64x64 every 32x48 pixels, fitted into 128x96, times 0.5, 1.0, flip, bf16"
+    protocol = "windows of 64x64 every 32x48 pixels, fitted into 256x192, times 0.5, 1.0, flip, bf16"
     assert protocol in capsys.readouterr().out
     with pytest.raises(FusekernError, match="gone"):
         evaluate_checkpoint(tmp_path)
@@ -177,7 +179,7 @@ def test_two_processes_equal_one(scenes, tmp_path):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [expected, 1]
     report = json.loads((tmp_path / "eval" / "results.json").read_text())
     folder = SegmentationFolder(load_spec("scenes"), "val", scenes)
-    matrix = evaluate(model, folder, EvalConfig(scale=(128, 96)), device="cpu")
+    matrix = evaluate(model, folder, EvalConfig(scale=(256, 192)), device="cpu")
     assert report["processes"] == 2 and done.stdout.count("pixel accuracy") == 1
     assert report["pixels"] == matrix.counts.sum() and report["miou"] == matrix.miou
 

@@ -10,6 +10,7 @@ from fusekern import recipes
 from fusekern.data.folder import Sample
 from fusekern.data.spec import load_spec
 from fusekern.engine import checkpoint as checkpoints
+from fusekern.engine.predict import predict_label
 from fusekern.models.segmenter import build_segmenter
 
 CLASSES = 5
@@ -22,8 +23,9 @@ class Fake(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.conv = nn.Conv2d(3, classes, 7, stride=4, padding=3)
-        for parameter in self.conv.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+        weight = torch.randn(self.conv.weight.shape, generator=generator)
+        self.conv.weight.data = weight - weight.mean((1, 2, 3), keepdim=True)  # else one class wins everywhere
+        self.conv.bias.data.zero_()
         self.noise = nn.Dropout(0.5)
 
     def forward(self, image):
@@ -47,10 +49,18 @@ def samples(count):
     return found
 
 
+def photo(height=50, width=70, seed=0):
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def label_of(image, config, model=None):
+    return predict_label((model or Fake()).eval(), image, config, device="cpu")
+
+
 def save_checkpoint(run, root, *, source="hash vectors", kind="convformer", ema=True, weights="auto"):
     """Write a run folder with untrained segmenters of the ``scenes`` classes; returns them by kind of weights."""
     spec = load_spec("scenes")
-    options = {"data.root": str(root), "eval.scale": "[128, 96]", "eval.weights": weights, "model.guidance.kind": kind}
+    options = {"data.root": str(root), "eval.scale": "[256, 192]", "eval.weights": weights, "model.guidance.kind": kind}
     recipe = recipes.load("demo", *(word for key, value in options.items() for word in (f"--{key}", value)))
     vectors = torch.randn(len(spec.names), 128, generator=torch.Generator().manual_seed(0))
     text = None if kind == "none" else F.normalize(vectors, dim=1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from fusekern.config import BackboneConfig, DataConfig, GuidanceConfig, HeadConfig, ModelConfig, TextConfig
+from fusekern.errors import FusekernError
 from fusekern.models.guidance import ConvFormerGuidance, TextLinear
 from fusekern.models.segmenter import SegmenterOutput, build_segmenter
 from fusekern.models.text import embed_names
@@ -105,6 +106,15 @@ def test_predict_logits():
 def test_unusable_text(text):
     with pytest.raises(ValueError, match=r"text must be \[K, D\] with K = 5"):
         build(text=text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"bridge_heads": 5}, "bridge_heads must divide"), ({"aux_tau": 0.0}, "aux_tau > 0 and aux_weight >= 0, got 0.0")],
+)
+def test_unusable_guidance_settings(settings, words):
+    with pytest.raises(FusekernError, match=f"model.guidance: .*{words}"):
+        build(**settings)
 
 
 def test_text_of_another_width_goes_through_one_orthogonal_map():

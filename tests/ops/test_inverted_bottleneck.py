@@ -25,6 +25,7 @@ def by_modules(channels, hidden, momentum=0.1):
             nn.init.normal_(norm.bias)
             nn.init.normal_(norm.running_mean)
             nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            norm.eps = 0.1
     return block
 
 

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: one small run through every verb, and what bad input says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fusekern import recipes
+from fusekern.cli import VERBS, main
+from fusekern.data.scenes import write_scenes
+
+TINY = [
+    *("--model.backbone.name", "mobilenetv2_035", "--model.backbone.output_stride", "16"),
+    *("--model.guidance.channels", "32", "--model.guidance.blocks", "1", "--text.width", "32"),
+    *("--model.head.neck_channels", "16", "--model.head.channels", "16"),
+    *("--data.scale", "[128, 96]", "--eval.scale", "[128, 96]", "--data.crop", "[96, 96]", "--data.workers", "0"),
+    *("--train.steps", "3", "--train.batch", "2", "--train.log_every", "1", "--optim.warmup", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, images=(6, 3), size=(96, 128), seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    assert main(["train", "demo", *TINY, "--data.root", str(scenes), "--out", str(out)]) == 0
+    return out
+
+
+def error_of(capsys, *argv):
+    assert main([str(word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fusekern: error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_train_leaves_a_whole_run_folder(run):
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "log", "checkpoints"}
+    assert recipes.from_dict(yaml.safe_load((run / "config.yaml").read_text())).train.steps == 3
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3]
+
+
+def test_train_refuses_a_folder_in_use_and_goes_on_with_resume(run, scenes, capsys):
+    arguments = ["train", "demo", *TINY, "--data.root", str(scenes), "--out", str(run)]
+    assert "--resume auto" in error_of(capsys, *arguments)
+    assert main([*arguments, "--resume", "auto"]) == 0
+
+
+def test_eval_prints_the_table_and_says_that_there_is_no_language(run, scenes, tmp_path, capsys):
+    assert main(["eval", str(run), "--baseline", "--out", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert "no language prior" in printed
+    assert f"{100 * report['miou']:.2f}" in printed
+    assert "colour alone" in printed
+    assert report["images"] == 3
+    assert report["language_prior"] is False
+    assert {"results.json", "per_class.csv", "confusion.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_eval_takes_eval_options_and_no_training_options(run, tmp_path, capsys):
+    slide = ["--eval.mode", "slide", "--eval.crop", "[64, 64]", "--eval.stride", "[48, 48]"]
+    assert main(["eval", str(run), *slide, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["mode"] == "slide"
+    capsys.readouterr()
+    assert "unknown option --train.steps" in error_of(capsys, "eval", run, "--train.steps", 3)
+
+
+def test_predict_writes_labels_and_overlays(run, scenes, tmp_path, capsys):
+    assert main(["predict", str(run), str(scenes / "images" / "validation"), "--out", str(tmp_path)]) == 0
+    labels = sorted((tmp_path / "labels").iterdir())
+    assert len(labels) == len(list((tmp_path / "overlays").iterdir())) == 3
+    assert np.asarray(Image.open(labels[0])).min() >= 1  # 0 is void in the scenes' own ids
+
+
+def test_check_data_passes_good_data_and_fails_on_bad(scenes, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    assert main(["check-data", "demo", "--data.root", str(scenes), "--out", str(sheet)]) == 0
+    assert Image.open(sheet).size[0] > 100
+    broken = tmp_path / "scenes"
+    write_scenes(broken, images=(2, 1), size=(96, 96), seed=0)
+    victim = next((broken / "images" / "training").iterdir())
+    victim.write_bytes(victim.read_bytes()[:200])
+    assert main(["check-data", "demo", "--data.root", str(broken), "--out", str(sheet)]) == 2
+    assert victim.name in capsys.readouterr().out
+
+
+def test_flops_prints_json(capsys):
+    assert main(["flops", "demo", "--size", "192", "--json"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert main(["flops", "demo", "--size", "[192, 384]", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["neck"] == 2 * small["parts"]["neck"]
+
+
+def test_print_config_prints_the_resolved_recipe(capsys):
+    assert main(["train", "demo", "--train.steps", "5", "--print_config"]) == 0
+    printed = recipes.from_dict(yaml.safe_load(capsys.readouterr().out))
+    assert printed == recipes.load("demo", "--train.steps", "5")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "dem"], "did you mean demo?"),
+        (["train", "demo", "--train.stepz", "3"], "did you mean --train.steps?"),
+        (["eval", "nowhere"], "nowhere"),
+        (["predict", "nowhere", "x.png", "--out", "y"], "nowhere"),
+        (["train", "camvid/mobilenetv2-fpn", "--out", "unused"], "data.root"),
+    ],
+)
+def test_bad_arguments_are_named(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_verb_and_each_verb_explains_itself(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"\n  {verb} " in printed
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert f"fusekern {verb}" in capsys.readouterr().out
+
+
+def test_python_m_fusekern_returns_the_exit_code():
+    done = subprocess.run([sys.executable, "-m", "fusekern", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown verb" in done.stderr
