@@ -128,7 +128,7 @@ def list_images(root: Path, split: Split) -> dict[str, Path]:
             continue
         below = Path(*Path(file).parts[fixed:])
         stem = below.name[len(before) : len(below.name) - len(after)] if marked else below.stem
-        name = below.with_name(stem).as_posix()
+        name = (below.parent / stem).as_posix()
         if name in found:
             raise FusekernError(
                 f"{found[name]} and {image} have one name and would share a label; {split.images} must match one"

@@ -31,7 +31,7 @@ _FORMAT = 1
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 _PALETTES = (
-    ("264653", "2a9d8f", "8ab17d", "e9c46a", "f4a261", "e76f51"),
+    ("264653", "2a9d8f", "e76f51", "f4a261", "e9c46a", "f6e9cf"),
     ("003049", "6b2c39", "d62828", "f77f00", "fcbf49", "eae2b7"),
     ("0d3b66", "3d6a98", "f95738", "ee964b", "f4d35e", "faf0ca"),
     ("355070", "6d597a", "b56576", "e56b6f", "eaac8b", "f3dcc4"),
@@ -118,7 +118,7 @@ def _colour_pairs(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.nda
     codes = _PALETTES[rng.integers(len(_PALETTES))]
     colours = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in codes], np.float32)
     light = colours @ np.array((0.299, 0.587, 0.114), np.float32)
-    pairs = [(a, b) for a, b in itertools.permutations(range(6), 2) if abs(light[a] - light[b]) > 50]
+    pairs = [(a, b) for a, b in itertools.permutations(range(6), 2) if abs(light[a] - light[b]) > 80]
     while True:
         for a, b in rng.permutation(pairs):
             yield colours[a], colours[b]

@@ -58,7 +58,7 @@ def gravel(rng: np.random.Generator) -> Field:
 
 def checks(rng: np.random.Generator) -> Field:
     side = rng.uniform(10, 14)
-    u, v = _turned(rng.uniform(-0.8, 0.8))
+    u, v = _turned(rng.uniform(-0.25, 0.25))
     return lambda x, y: (np.floor(u(x, y) / side) + np.floor(v(x, y) / side)) % 2
 
 

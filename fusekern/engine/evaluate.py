@@ -45,7 +45,7 @@ def evaluate_checkpoint(
     Args:
         path: checkpoint, or run folder for its last one.
         recipe_overrides: test protocol; default: that of the checkpoint's recipe.
-        root: folder of the data; default: that of the recipe.
+        root: folder of the data; default: that of the recipe, or of ``dataset``.
         out: report folder, made where it is missing; default: ``path/eval``.
         split: ``train`` or ``val``.
         baseline: also score the classifier that sees only each pixel's colour.
@@ -67,11 +67,13 @@ def evaluate_checkpoint(
             f"{checkpoint}: made for {len(loaded.spec.names)} classes, but the data set {spec.name!r} has "
             f"{len(spec.names)}; they must be equal"
         )
-    root = root or loaded.recipe.data.root
+    if root is None and dataset is None:
+        root = loaded.recipe.data.root
     folder = SegmentationFolder(spec, split, root)
+    train = SegmentationFolder(spec, "train", root) if baseline else None
     world, rank = state.num_processes, state.process_index
     matrix = evaluate(loaded.model, folder, config, device=state.device, rank=rank, world=world)
-    # Hashed names guide the model as well as words do, but carry no meaning: no score of theirs goes without saying so.
+    # Hashed names are random vectors that carry no meaning: no score of theirs goes without saying so.
     note = "no language prior" if loaded.text_source and not loaded.language_prior else ""
     report = {
         "checkpoint": str(checkpoint),
@@ -91,8 +93,8 @@ def evaluate_checkpoint(
     }
     if state.is_main_process:
         lines = [describe(report), "", matrix.table(spec.names, note)]
-        if baseline:
-            colour = histogram_baseline(SegmentationFolder(spec, "train", root), folder, len(spec.names))
+        if train is not None:
+            colour = histogram_baseline(train, folder, len(spec.names))
             report["baseline"] = colour.to_dict(spec.names)
             lines.append(
                 f"colour alone    {100 * colour.miou:6.2f}  mIoU, pixel accuracy {100 * colour.accuracy:.2f} "

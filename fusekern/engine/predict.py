@@ -23,7 +23,7 @@ from fusekern.errors import FusekernError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BAND = 2**24  # values of full-size logits held at once
+_BAND = 2**22  # values of full-size logits held at once
 
 
 def predict(checkpoint: str | Path, input: str | Path, out: Path, *, config: EvalConfig | None = None) -> list[Path]:

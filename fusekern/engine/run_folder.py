@@ -6,9 +6,11 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import yaml
@@ -96,8 +98,14 @@ def _differences(saved: object, now: dict, config: object, prefix: str) -> Itera
 
 
 @contextmanager
-def open_run(out: Path, recipe: Recipe, step: int) -> Iterator[None]:
+def open_run(out: Path, recipe: Recipe, step: int, early: MemoryHandler) -> Iterator[None]:
     """Makes ``out`` this process's run folder, as it was after ``step`` steps, until the block ends.
+
+    Args:
+        out: run folder.
+        recipe: what config.yaml gets, in a new folder.
+        step: steps taken before.
+        early: what was logged before there was a file for it.
 
     Raises:
         FusekernError: another process trains in it, or it cannot be written.
@@ -116,24 +124,29 @@ def open_run(out: Path, recipe: Recipe, step: int) -> Iterator[None]:
         if not (out / "config.yaml").exists():
             _replace(out / "config.yaml", recipes.dump(recipe))
         _forget_after(out / "metrics.jsonl", step)
-        with _log_file(out / "log"):
+        with _log_file(out / "log", early):
             yield
 
 
 def append_metrics(out: Path, record: dict) -> None:
-    """Adds one line to metrics.jsonl."""
+    """Adds one line to metrics.jsonl; a number that is not finite, which JSON lacks, becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite) + "\n")
 
 
 @contextmanager
-def console_log(*, visible: bool) -> Iterator[None]:
+def console_log(*, visible: bool) -> Iterator[MemoryHandler]:
     """Shows fusekern's log on standard error, unless the caller's own logging does; only warnings beside a bar.
 
     Args:
         visible: false for all ranks but 0.
+
+    Yields:
+        a handler that collects what is logged until ``open_run`` has a file for it.
     """
     logger = logging.getLogger("fusekern")
+    early = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL)
     handler = _Console() if visible else logging.NullHandler()
     handler.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -142,10 +155,12 @@ def console_log(*, visible: bool) -> Iterator[None]:
     logger.propagate = propagate and visible
     if not taken or not visible:
         logger.addHandler(handler)
+    logger.addHandler(early)
     try:
-        yield
+        yield early
     finally:
         logger.removeHandler(handler)
+        logger.removeHandler(early)
         logger.setLevel(level)
         logger.propagate = propagate
 
@@ -156,11 +171,14 @@ class _Console(logging.Handler):
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def _log_file(path: Path, early: MemoryHandler) -> Iterator[None]:
     handler = logging.FileHandler(path)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fusekern")
+    logger.removeHandler(early)
+    early.setTarget(handler)
+    early.flush()
     logger.addHandler(handler)
     try:
         yield

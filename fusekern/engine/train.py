@@ -71,12 +71,12 @@ def train(recipe: Recipe, *, out: str | Path, resume: str | None = None, init: s
     torch.use_deterministic_algorithms(before or deterministic)
     main = accelerator.is_main_process
     try:
-        with run_folder.console_log(visible=main):
+        with run_folder.console_log(visible=main) as early:
             run = _Run(recipe, out, accelerator, *_find_start(recipe, out, resume, init, accelerator))
             if run.step == recipe.train.steps:
                 log.info("the run has ended already, after %d steps: nothing is left to do", run.step)
                 return run.source
-            with run_folder.open_run(out, recipe, run.step) if main else nullcontext(), StopSignals() as signals:
+            with run_folder.open_run(out, recipe, run.step, early) if main else nullcontext(), StopSignals() as signals:
                 return run.loop(signals)
     except OSError as error:
         if checkpoints.is_disk_full(error):
@@ -98,11 +98,6 @@ def _check(recipe: Recipe, resume: str | None, init: str | None, cuda: bool) -> 
         raise FusekernError("train.precision fp16 needs CUDA, and there is none here: use bf16 or fp32")
     if recipe.eval.weights == "ema" and recipe.train.ema is None:
         raise FusekernError("eval.weights is ema, but train.ema is off: there is no moving average to evaluate")
-    if recipe.optim.warmup >= recipe.train.steps:
-        log.warning(
-            "optim.warmup %d is not below train.steps %d: the learning rate never reaches optim.lr",
-            *(recipe.optim.warmup, recipe.train.steps),
-        )
 
 
 def _find_start(
@@ -110,16 +105,21 @@ def _find_start(
 ) -> tuple[Checkpoint | None, tuple[Path, dict[str, Tensor]] | None]:
     """The checkpoint to go on from, and the file and tensors of ``init``.
 
-    Rank 0 reads and sends them to the others, whose machines need not see the run folder.
+    Rank 0 reads and sends them, or its error, to the others, whose machines need not see the run folder.
     """
     files = None
     if accelerator.is_main_process:
-        path = run_folder.choose_start(out, recipe, resume)
-        files = checkpoints.read(path) if path else {}
-        if init:
-            path, files["init"] = checkpoints.read_weights(Path(init))
-        files["path"] = str(path).encode()
+        try:
+            path = run_folder.choose_start(out, recipe, resume)
+            files = checkpoints.read(path) if path else {}
+            if init:
+                path, files["init"] = checkpoints.read_weights(Path(init))
+            files["path"] = str(path).encode()
+        except FusekernError as error:
+            files = {"error": str(error).encode()}
     files = broadcast_files(files, device=accelerator.device)
+    if "error" in files:
+        raise FusekernError(files["error"].decode())
     path = Path(files.pop("path").decode())
     if init:
         return None, (path, checkpoints.parse_tensors(files["init"], path))
@@ -211,10 +211,10 @@ class _Run:
                     self._refuse_to_go_on(rounds)
                 norm = self._update()
                 reports.add([part.losses for part in rounds])
-                if stop and self.step < settings.steps:
-                    raise Interrupted(self.step, self._save())
                 if self._due(settings.log_every):
                     reports.step(self.step, rate, norm, self.tokens)
+                if stop and self.step < settings.steps:
+                    raise Interrupted(self.step, self._save())
                 with reports.paused():
                     if self.data.val and self._due(settings.eval_every):
                         self._evaluate(reports)
@@ -226,7 +226,7 @@ class _Run:
         return self.step == self.recipe.train.steps or (every > 0 and self.step % every == 0)
 
     def _describe(self) -> None:
-        settings, val = self.recipe.train, self.data.val
+        settings, val, warmup = self.recipe.train, self.data.val, self.recipe.optim.warmup
         log.info(
             "%s at step %d of %d on %d x %s, %s; batch %d = %d processes x %d rounds x %d images",
             *(f"resuming {self.source}" if self.source else "starting", self.step, settings.steps),
@@ -239,6 +239,11 @@ class _Run:
             f"{len(val)} validation images" if val else "no val split, so no evaluation",
             *(len(self.data.spec.names), self.text.describe() if self.text else "none"),
         )
+        if warmup >= settings.steps:
+            log.warning(
+                "optim.warmup %d is not below train.steps %d: the learning rate never reaches optim.lr",
+                *(warmup, settings.steps),
+            )
 
     def _loader(self) -> DataLoader:
         loader = train_loader(
@@ -303,6 +308,8 @@ class _Run:
 
     def _save(self) -> Path:
         """Writes a checkpoint from rank 0, with the random states of all. Returns its folder."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FusekernError(f"after step {self.step} weights are not finite, so they are not saved: lower optim.lr")
         broadcast_buffers(self.model.buffers())
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -328,8 +335,14 @@ class _Run:
             "score": self.score,
             "scaler": scaler and scaler.state_dict(),
         }
+        failure = ""
         if self.rank == 0:
-            checkpoints.save(self.out, self.step, state=state, tensors=tensors, keep=self.recipe.train.keep)
-            log.info("step %d/%d  saved", self.step, self.recipe.train.steps)
-        self.accelerator.wait_for_everyone()  # a process that ends early would make torchrun end the one that writes
+            try:
+                checkpoints.save(self.out, self.step, state=state, tensors=tensors, keep=self.recipe.train.keep)
+                log.info("step %d/%d  saved", self.step, self.recipe.train.steps)
+            except FusekernError as error:
+                failure = str(error)
+        # All wait here: one that ended early would make torchrun end the one that writes.
+        if failure := gather_text(failure, device=self.device)[0]:
+            raise FusekernError(failure)
         return checkpoints.folder_of(self.out, self.step)

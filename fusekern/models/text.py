@@ -108,7 +108,7 @@ def mean_token_cosine(text: Tensor) -> Tensor:
     k = unit.shape[1]
     if k == 1:
         return unit.new_ones(())
-    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    pairs = unit.sum(1).square().sum(-1) - k
     return (pairs / (k * (k - 1))).mean()
 
 

@@ -127,11 +127,11 @@ def test_says_which_weights_were_used(scenes, tmp_path, capsys):
 def test_protocol_and_root_can_be_overridden(scenes, tmp_path, capsys):
     save_checkpoint(tmp_path, tmp_path / "gone", kind="none")
     config = EvalConfig(
-        mode="slide", scale=(256, 192), crop=(64, 64), stride=(32, 48), ratios=(0.5, 1.0), flip=True, precision="bf16"
+        mode="slide", scale=(256, 192), crop=(128, 128), stride=(64, 96), ratios=(0.5, 1.0), flip=True, precision="bf16"
     )
     report = evaluate_checkpoint(tmp_path, config, root=str(scenes), split="train")
     assert report["images"] == 3 and report["protocol"]["mode"] == "slide"
-    protocol = "windows of 64x64 every 32x48 pixels, fitted into 256x192, times 0.5, 1.0, flip, bf16"
+    protocol = "windows of 128x128 every 64x96 pixels, fitted into 256x192, times 0.5, 1.0, flip, bf16"
     assert protocol in capsys.readouterr().out
     with pytest.raises(FusekernError, match="gone"):
         evaluate_checkpoint(tmp_path)
@@ -143,6 +143,20 @@ def test_refuses_another_number_of_classes(scenes, tmp_path):
     other.write_text("names: [a, b]\nval: {images: images/*.jpg, labels: 'labels/{stem}.png'}\n")
     with pytest.raises(FusekernError, match=r"made for 11 classes, but the data set 'other' has 2"):
         evaluate_checkpoint(tmp_path, dataset=str(other))
+
+
+def test_another_data_set_brings_its_own_root(scenes, tmp_path, capsys):
+    save_checkpoint(tmp_path, tmp_path / "gone", kind="none")
+    other = tmp_path / "other.yaml"
+    parts = "images: 'images/validation/*.jpg', labels: 'annotations/validation/{stem}.png'"
+    names = ", ".join(f"class {k}" for k in range(11))
+    other.write_text(f"names: [{names}]\nroot: {scenes}\nreduce_zero_label: true\nval: {{{parts}}}\n")
+    report = evaluate_checkpoint(tmp_path, dataset=str(other))
+    assert report["dataset"] == "other" and report["images"] == 5 and report["classes"][10]["name"] == "class 10"
+    capsys.readouterr()
+    with pytest.raises(FusekernError, match="'other' has no split 'train'"):
+        evaluate_checkpoint(tmp_path, dataset=str(other), baseline=True)
+    assert capsys.readouterr().out == ""  # told before the evaluation, not after it
 
 
 TORCHRUN = """

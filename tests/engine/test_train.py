@@ -21,7 +21,7 @@ from fusekern import recipes
 from fusekern.data.folder import SegmentationFolder
 from fusekern.data.sampler import draws
 from fusekern.data.spec import load_spec
-from fusekern.engine import assemble, reports, signals
+from fusekern.engine import assemble, reports, run_folder, signals
 from fusekern.engine import checkpoint as checkpoints
 from fusekern.engine import train as training
 from fusekern.engine.signals import Interrupted, StopSignals
@@ -347,6 +347,12 @@ def test_a_warm_up_longer_than_the_run_is_warned_about(data, tmp_path, caplog):
     assert "optim.warmup 1500 is not below train.steps 1" in caplog.text
 
 
+def test_a_warning_from_before_the_log_file_is_in_it(data, tmp_path):
+    train(micro_recipe(data, train__steps=1, optim__backbone_lr_mult=0.1), out=tmp_path / "run")
+    first = (tmp_path / "run" / "log").read_text().splitlines()[0]
+    assert "WARNING optim.backbone_lr_mult is 0.1 on a backbone of random weights" in first
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(data, tmp_path, monkeypatch):
     calls, loss = [], Segmenter.loss
 
@@ -367,6 +373,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(data,
     last = checkpoints.load(tmp_path / "run")
     assert last.state["step"] == 2
     assert all(tensor.isfinite().all() for tensor in last.model.values() if tensor.is_floating_point())
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
+    update = training._Run._update
+
+    def poison(self):
+        norm = update(self)
+        if self.step == 2:
+            self.model.head.classifier.bias.data[0] = float("inf")
+        return norm
+
+    monkeypatch.setattr(training._Run, "_update", poison)
+    with pytest.raises(FusekernError, match="after step 2 weights are not finite, so they are not saved"):
+        train(micro_recipe(data, train__save_every=1), out=tmp_path / "run")
+    assert checkpoints.load(tmp_path / "run").state["step"] == 1
+
+
+def test_metrics_stay_json_when_a_number_is_not_finite(tmp_path):
+    run_folder.append_metrics(tmp_path, {"step": 1, "grad_norm": float("inf"), "loss": 0.5})
+    assert metrics(tmp_path) == [{"step": 1, "grad_norm": None, "loss": 0.5}]
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_no_space_left_stops_the_run_and_it_goes_on_later(run, copy, data):

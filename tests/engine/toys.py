@@ -57,7 +57,7 @@ def label_of(image, config, model=None):
     return predict_label((model or Fake()).eval(), image, config, device="cpu")
 
 
-def save_checkpoint(run, root, *, source="hash vectors", kind="convformer", ema=True, weights="auto"):
+def save_checkpoint(run, root, *, source="hash vectors", kind="convformer", weights="auto"):
     """Write a run folder with untrained segmenters of the ``scenes`` classes; returns them by kind of weights."""
     spec = load_spec("scenes")
     options = {"data.root": str(root), "eval.scale": "[256, 192]", "eval.weights": weights, "model.guidance.kind": kind}
@@ -66,7 +66,7 @@ def save_checkpoint(run, root, *, source="hash vectors", kind="convformer", ema=
     text = None if kind == "none" else F.normalize(vectors, dim=1)
     models = {
         name: build_segmenter(recipe.model, recipe.data, len(spec.names), text, seed=seed).eval()
-        for seed, name in enumerate(["model", "ema"] if ema else ["model"])
+        for seed, name in enumerate(["model", "ema"])
     }
     state = {
         "world": 1,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +129,14 @@ def test_wrong_number_of_dimensions(table):
 
 
 def test_pickled_array_is_refused(tmp_path, table):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pickle-ran"),)
+
     config = table(np.eye(1), ["car"])
-    np.save(tmp_path / "rows.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "rows.npy", np.array([Payload()], dtype=object), allow_pickle=True)
     assert "cannot be read without pickle" in error_of(["car"], config)
+    assert not (tmp_path / "pickle-ran").exists()
 
 
 @pytest.mark.parametrize(
