@@ -158,7 +158,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0, or 2 after bad input, whose message goes to standard error."""
+    """Runs one verb. Returns 0; 2 after bad input, whose message goes to standard error; 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -170,7 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         VERBS[argv[0]](argv[1:])
     except FusekernError as error:
         print(f"fusekern: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fusekern: stopped at once; what was not saved is lost", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if error.name.startswith("fusekern"):
             raise

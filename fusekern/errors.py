@@ -2,4 +2,9 @@
 
 
 class FusekernError(Exception):
-    """Bad input: names the argument or file, what was found and what is needed."""
+    """Bad input: names the argument or file, what was found and what is needed.
+
+    ``exit_code`` is what the command line returns.
+    """
+
+    exit_code = 2

@@ -1,7 +1,7 @@
 """Procedural scenes: a landscape in few colours whose classes differ in texture and shape.
 
 Each scene draws a palette of six colours, and each region two of them, whatever its class: a pixel's colour tells
-little, and a model must see the texture (8 to 16 pixels a period) or the outline.
+little, and a model must see the texture (6 to 18 pixels a period) or the outline.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def meadow(rng: np.random.Generator) -> Field:
 
 def gravel(rng: np.random.Generator) -> Field:
     """Voronoi cells of a jittered grid: a pebble ends where its centre is hardly nearer than the second nearest one."""
-    cell = rng.uniform(8, 10.5)
+    cell = rng.uniform(6, 7.5)
     offset, tone = rng.uniform(0.1, 0.9, (2, 64 * 64)).astype(np.float32), rng.random(64 * 64, np.float32)
 
     def weight(x, y):
@@ -51,13 +51,13 @@ def gravel(rng: np.random.Generator) -> Field:
             np.minimum(second, np.where(closer, nearest, distance), out=second)
             np.copyto(nearest, distance, where=closer)
             np.copyto(pebble, key, where=closer)
-        return np.clip((np.sqrt(second) - np.sqrt(nearest)) * 4 - 0.6, 0, 1) * (0.5 + 0.5 * tone.take(pebble))
+        return np.clip((np.sqrt(second) - np.sqrt(nearest)) * 4 - 0.5, 0, 1) * (0.4 + 0.6 * tone.take(pebble))
 
     return weight
 
 
 def checks(rng: np.random.Generator) -> Field:
-    side = rng.uniform(10, 14)
+    side = rng.uniform(14, 18)
     u, v = _turned(rng.uniform(-0.25, 0.25))
     return lambda x, y: (np.floor(u(x, y) / side) + np.floor(v(x, y) / side)) % 2
 
@@ -88,7 +88,7 @@ def stripes(rng: np.random.Generator) -> Field:
 
 
 def dots(rng: np.random.Generator) -> Field:
-    pitch = rng.uniform(11, 14)
+    pitch = rng.uniform(12, 14)
     u, v = _turned(rng.uniform(-0.3, 0.3))
 
     def weight(x, y):

@@ -19,6 +19,8 @@ _ECHO = 1.0  # seconds
 class Interrupted(FusekernError):
     """A signal stopped the run after ``step`` steps; ``checkpoint`` is where it goes on from."""
 
+    exit_code = 130  # as a shell says of SIGINT
+
     def __init__(self, step: int, checkpoint: Path):
         super().__init__(f"interrupted at step {step}; saved {checkpoint}; continue with --resume auto")
         self.step, self.checkpoint = step, checkpoint

@@ -277,7 +277,7 @@ class _Run:
             output = self.forward(image)
             losses = self.model.loss(output, label)
             self.accelerator.backward(sum(losses.values()) / self.recipe.train.accumulate)
-        self.tokens = output.text
+        self.tokens = None if output.text is None else output.text.detach()
         return _Round({name: loss.detach() for name, loss in losses.items()}, batch["names"])
 
     def _refuse_to_go_on(self, rounds: list[_Round]) -> None:

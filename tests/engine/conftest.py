@@ -1,38 +1,28 @@
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
+from run_training import micro_recipe, write_data
 
-NAMES = ["left", "right", "below"]
-
-
-def write_data(root: Path, *, train: int = 6, val: int = 3, names: list[str] | None = None) -> Path:
-    """Pictures of three areas of noise about a colour each, void between them, and their dataset.yaml."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for folder in ("images", "labels"):
-            (root / folder / split).mkdir(parents=True)
-        for index in range(count):
-            label = np.zeros((80, 96), np.uint8)
-            label[:, rng.integers(30, 66) :] = 1
-            label[rng.integers(30, 60) :] = 2
-            image = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])[label] + rng.integers(-40, 40, (80, 96, 3))
-            label[::16] = 255
-            Image.fromarray(image.astype(np.uint8)).save(root / "images" / split / f"{index}.png")
-            Image.fromarray(label).save(root / "labels" / split / f"{index}.png")
-    spec = {
-        "name": "areas",
-        "root": ".",
-        "train": {"images": "images/train/*.png", "labels": "labels/train/{stem}.png"},
-        "val": {"images": "images/val/*.png", "labels": "labels/val/{stem}.png"},
-        "names": names or NAMES,
-    }
-    (root / "dataset.yaml").write_text(yaml.safe_dump(spec))
-    return root
+from fusekern.engine.train import train
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("areas"))
+
+
+@pytest.fixture(scope="session")
+def run(data, tmp_path_factory) -> Path:
+    """A finished run of six steps; not to be changed."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    assert train(micro_recipe(data, train__eval_every=4), out=out) == out / "checkpoints" / "step-00000006"
+    return out
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """The run as it was after four steps, to go on from."""
+    out = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    return out

@@ -41,6 +41,7 @@ def save(run, step, *, keep=3, scale=1.0):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
+    """A run with a moving average."""
     out = tmp_path_factory.mktemp("run") / "run"
     train(micro_recipe(data, train__steps=2, train__ema=0.5), out=out)
     return out
