@@ -78,12 +78,12 @@ def test_colour_alone_tells_little(full_size):
         cell, label = colours(sample)
         np.add.at(matrix, (label, counts.argmax(1)[cell]), 1)
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-    # 0.06 at full size; a tenth would be a constant answer's score if all classes were equally large.
+    # 0.08 over all 200 scenes; a tenth would be a constant answer's score if all classes were equally large.
     assert (matrix.diagonal() / union).mean() < 0.12
     # No class keeps to colours of its own: it shares most of them with each other class.
     share = counts / counts.sum(0)
     overlap = np.minimum(share[:, :, None], share[:, None, :]).sum(0)
-    assert overlap.min() > 0.2
+    assert overlap.min() > 0.1 and overlap.mean() > 0.3  # 0 for classes of different colours, 1 for equal histograms
 
 
 def test_ensure_draws_once(tmp_path, monkeypatch):
