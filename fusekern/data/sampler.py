@@ -158,7 +158,8 @@ class _Loader(DataLoader):
     def __iter__(self):
         for batch in super().__iter__():
             if isinstance(batch, FusekernError):
-                raise batch
+                # A copy: a frame that raised its own variable keeps itself alive, and the workers with it.
+                raise type(batch)(*batch.args)
             yield batch
 
 

@@ -1,6 +1,8 @@
 """Batches are functions of (seed, step): the same over processes, workers and restarts."""
 
 import dataclasses
+import gc
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -152,11 +154,29 @@ def test_loader_can_travel_to_a_spawned_worker(folder):
     assert collate([dataset[key]])["names"] == ["p2"]
 
 
+def failure(loader):
+    """Type and text of what the loader raises, without its traceback: that would keep the workers alive."""
+    try:
+        list(loader)
+    except Exception as error:
+        return type(error), str(error)
+    raise AssertionError("nothing was raised")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_file_reaches_the_user_as_it_was_found(folder, workers):
     folder.pairs[3][1].write_bytes(b"not a picture")
-    with pytest.raises(FusekernError) as error:
-        list(load(folder, workers=workers))
-    assert type(error.value) is FusekernError
-    assert str(error.value).startswith(f"{folder.pairs[3][1]}: does not decode as a picture")
-    assert "Traceback" not in str(error.value)
+    kind, text = failure(load(folder, workers=workers))
+    assert kind is FusekernError and text.startswith(f"{folder.pairs[3][1]}: does not decode as a picture")
+    assert "Traceback" not in text
+
+
+def test_bad_file_leaves_no_workers_behind(folder):
+    folder.pairs[3][1].write_bytes(b"not a picture")
+    before = set(multiprocessing.active_children())
+    gc.disable()  # workers that only the collector can end hold up the exit for ten seconds
+    try:
+        failure(load(folder, workers=2))
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
