@@ -1,12 +1,12 @@
 """What language buys on CamVid: four arms from equal initial weights and equal batches.
 
-    python -m bench.camvid run --data DIR --out runs/camvid
-    python -m bench.camvid report --data DIR --out runs/camvid
+    python -m bench.camvid run --data DIR --out runs/camvid --seeds 0 1 --steps 1200
+    python -m bench.camvid report --data DIR --out runs/camvid --seeds 0 1
 
 ``DIR`` holds the photographs in the ADE20K folder layout, ``text_vit_b16.npy`` and ``classes.txt``. ``run`` trains and
-evaluates what is not there yet, one process and one thread a run; ``report`` writes ``bench/results/camvid.json`` and
-the pictures of ``docs/camvid.md``. Parts that two arms share by name start from the same weights, and step s of every
-arm with the same seed sees the same crops.
+evaluates what is not there yet, one process and one thread a run; ``report`` writes ``bench/results/camvid.json`` (named
+as the ``--out`` folder) and the pictures of ``docs/camvid.md``, and prints its tables. Parts that two arms share by name
+start from the same weights, and step s of every arm with the same seed sees the same crops.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,13 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fusekern import viz
 from fusekern.data.folder import SegmentationFolder
 from fusekern.data.spec import load_spec
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "camvid.json"
+RESULTS = ROOT / "bench" / "results"
 PICTURES = ROOT / "docs" / "camvid"
 
 SHARED = [
@@ -62,8 +64,8 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
     return out / f"{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
-def run(data: Path, out: Path, seeds: list[int], steps: int, jobs: int) -> None:
-    """Trains and evaluates every arm and seed that has no result yet, ``jobs`` at a time."""
+def run(data: Path, out: Path, chosen: list[str], seeds: list[int], steps: int, jobs: int) -> None:
+    """Trains and evaluates every chosen arm and seed that has no result yet, ``jobs`` at a time."""
 
     def one(seed: int, arm: str) -> None:
         folder = folder_of(out, arm, seed)
@@ -79,17 +81,17 @@ def run(data: Path, out: Path, seeds: list[int], steps: int, jobs: int) -> None:
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     out.mkdir(parents=True, exist_ok=True)
-    command = f"python -m bench.camvid run --seeds {' '.join(map(str, seeds))} --steps {steps}"
+    command = shlex.join(["python", "-m", "bench.camvid", "run", "--arms", *chosen])
+    command += f" --seeds {' '.join(map(str, seeds))} --steps {steps}"
     (out / "run.json").write_text(json.dumps({"command": command, "commit": commit}))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda pair: one(*pair), [(seed, arm) for seed in seeds for arm in arms(data)]))
+        list(pool.map(lambda pair: one(*pair), [(seed, arm) for seed in seeds for arm in chosen]))
 
 
-def report(data: Path, out: Path, seeds: list[int]) -> None:
-    """Collects the runs into ``bench/results/camvid.json``, prints the tables, draws curves and label maps."""
-    results = {arm: [_result(folder_of(out, arm, seed)) for seed in seeds] for arm in arms(data)}
-    first = results["vanilla"][0]
-    RESULTS.parent.mkdir(exist_ok=True)
+def report(data: Path, out: Path, chosen: list[str], seeds: list[int]) -> None:
+    """Collects the runs into ``bench/results/NAME.json``, prints the tables, draws curves and label maps."""
+    results = {arm: [_result(folder_of(out, arm, seed)) for seed in seeds] for arm in chosen}
+    first = results[chosen[0]][0]
     summary = {
         **json.loads((out / "run.json").read_text()),
         "device": f"{platform.machine()} CPU, 1 thread a run",
@@ -98,26 +100,22 @@ def report(data: Path, out: Path, seeds: list[int]) -> None:
         "seeds": seeds,
         "arms": {arm: {"mean": _mean(runs), "spread": _spread(runs), "runs": runs} for arm, runs in results.items()},
     }
-    RESULTS.write_text(json.dumps(summary, indent=1) + "\n")
-    names = list(first["iou"])
-    print(
-        "| arm | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | mean | spread |\n|---|"
-        + "---|" * (len(seeds) + 2)
-    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{out.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _print_head(["arm", *(f"seed {seed}" for seed in seeds), "mean", "spread"])
     for arm, runs in results.items():
-        print(
-            f"| {arm} | {_cells(run['miou'] for run in runs)} | {100 * _mean(runs):.1f} | {100 * _spread(runs):.1f} |"
-        )
-    print("\n| class | " + " | ".join(results) + " |\n|---|" + "---|" * len(results))
-    for name in names:
+        print(f"| {arm} | {_cells([*(run['miou'] for run in runs), _mean(runs), _spread(runs)])} |")
+    print()
+    _print_head(["class", *results])
+    for name in first["iou"]:
         print(f"| {name} | {_cells(statistics.mean(run['iou'][name] for run in runs) for runs in results.values())} |")
     PICTURES.mkdir(exist_ok=True)
     for key, label in (("miou", "validation mIoU, %"), ("loss", "training loss of the head")):
-        series = {arm: _mean_curve([run["curves"][key] for run in runs]) for arm, runs in results.items()}
-        viz.curves_png(series, "step", label, PICTURES / f"{key}.png")
-    _draw_labels(data, out, seeds[0])
+        curves = {arm: _over_seeds([run["curves"][key] for run in runs]) for arm, runs in results.items()}
+        series = {arm: [(step, statistics.mean(values)) for step, values in curve] for arm, curve in curves.items()}
+        spread = {arm: [(min(values), max(values)) for _, values in curve] for arm, curve in curves.items()}
+        viz.curves_png(series, "step", label, PICTURES / f"{out.name}-{key}.png", spread)
+    _draw_labels(data, out, chosen, seeds[0])
 
 
 def _result(folder: Path) -> dict:
@@ -148,8 +146,8 @@ def _spread(runs: list[dict]) -> float:
     return max(run["miou"] for run in runs) - min(run["miou"] for run in runs)
 
 
-def _mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
-    return [(points[0][0], statistics.mean(value for _, value in points)) for points in zip(*curves, strict=True)]
+def _over_seeds(curves: list[list[tuple[int, float]]]) -> list[tuple[int, list[float]]]:
+    return [(points[0][0], [value for _, value in points]) for points in zip(*curves, strict=True)]
 
 
 def _print_head(titles: list[str]) -> None:
@@ -160,20 +158,17 @@ def _cells(shares) -> str:
     return " | ".join(f"{100 * share:.1f}" for share in shares)
 
 
-def _draw_labels(data: Path, out: Path, seed: int) -> None:
+def _draw_labels(data: Path, out: Path, arms: list[str], seed: int) -> None:
     """Ground truth and every arm's label map for a few validation frames, without the photographs."""
-    from PIL import Image
-
     spec = load_spec("camvid")
     val = SegmentationFolder(spec, "val", str(data))
-    chosen = range(0, len(val), len(val) // 3)[:3]
     blank = np.full((*val[0].label.shape, 3), 255, np.uint8)
     panels, captions = [], []
-    for index in chosen:
+    for index in range(0, len(val), len(val) // 3)[:3]:
         image = val.pairs[index][0]
         panels.append(viz.overlay(blank, val[index].label.numpy(), spec.palette, alpha=1.0))
         captions.append("ground truth")
-        for arm in arms(data):
+        for arm in arms:
             folder = folder_of(out, arm, seed)
             where = folder / "predictions" / "labels" / f"{image.stem}.png"
             if not where.exists():
@@ -182,7 +177,7 @@ def _draw_labels(data: Path, out: Path, seed: int) -> None:
             label = spec.to_train(np.asarray(Image.open(where)), where)
             panels.append(viz.overlay(blank, label, spec.palette, alpha=1.0))
             captions.append(arm)
-    viz.contact_sheet(panels, len(arms(data)) + 1, PICTURES / "labels.png", captions)
+    viz.contact_sheet(panels, len(arms) + 1, PICTURES / f"{out.name}-labels.png", captions)
 
 
 def main() -> None:
@@ -191,13 +186,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--arms", nargs="+", help="default: all four")
     options = parser.parse_args()
+    data = options.data.resolve()
+    chosen = options.arms or list(arms(data))
     if options.verb == "run":
-        run(options.data, options.out, options.seeds, options.steps, options.jobs)
+        run(data, options.out, chosen, options.seeds, options.steps, options.jobs)
     else:
-        report(options.data, options.out, options.seeds)
+        report(data, options.out, chosen, options.seeds)
 
 
 if __name__ == "__main__":
