@@ -4,9 +4,9 @@
     python -m bench.camvid report --data DIR --out runs/camvid --seeds 0 1
 
 ``DIR`` holds the photographs in the ADE20K folder layout, ``text_vit_b16.npy`` and ``classes.txt``. ``run`` trains and
-evaluates what is not there yet, one process and one thread a run; ``report`` writes ``bench/results/camvid.json`` (named
-as the ``--out`` folder) and the pictures of ``docs/camvid.md``, and prints its tables. Parts that two arms share by name
-start from the same weights, and step s of every arm with the same seed sees the same crops.
+evaluates what is not there yet, one process and one thread a run; ``report`` writes ``bench/results/camvid.json`` (it
+has the name of the ``--out`` folder) and the pictures of ``docs/camvid.md``, and prints the tables. Parts that two arms
+share by name start from the same weights, and step s of every arm with the same seed sees the same crops.
 """
 
 from __future__ import annotations
