@@ -107,6 +107,7 @@ def evaluate_checkpoint(
         matrix.write_csv(out / "per_class.csv", spec.names, note)
         title = f"{spec.name} {split}, step {loaded.step}, {_WEIGHTS[loaded.weights_used]}" + (note and f", {note}")
         viz.confusion_png(matrix.counts.cpu().numpy(), spec.names, out / "confusion.png", title)
+        print(f"\nresults.json, per_class.csv and confusion.png in {out}")
     return report
 
 
