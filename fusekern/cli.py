@@ -7,13 +7,12 @@ and ``fusekern --help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusekern.errors import FusekernError
+from fusekern.errors import FusekernError, did_you_mean
 
 HELP = """usage: fusekern VERB ... [--help]
 
@@ -43,8 +42,8 @@ def train(argv: Sequence[str]) -> None:
     if "--print_config" in argv:
         print(recipes.dump(recipe), end="")
         return
-    out = Path(options.out) if options.out else Path("runs") / Path(options.recipe).with_suffix("").name
-    run(recipe, out=out, resume=options.resume, init=options.init)
+    name = options.recipe if options.recipe in recipes.names() else Path(options.recipe).stem
+    run(recipe, out=options.out or Path("runs") / name, resume=options.resume, init=options.init)
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -63,7 +62,7 @@ def evaluate(argv: Sequence[str]) -> None:
     options, config = _parse_eval(parser, argv)
     evaluate_checkpoint(
         options.checkpoint,
-        config,
+        config=config,
         root=options.data.root,
         out=options.out and Path(options.out),
         split=options.split,
@@ -90,8 +89,8 @@ def check_data(argv: Sequence[str]) -> None:
     from fusekern import recipes
     from fusekern.data.check import check_data as check
     from fusekern.data.check import render
-    from fusekern.data.scenes import ensure_scenes
-    from fusekern.data.spec import load_spec
+    from fusekern.data.scenes import ensure_built_in
+    from fusekern.data.spec import built_in_datasets, load_spec
 
     parser = argparse.ArgumentParser(prog="fusekern check-data", description="Look at every file of a data set.")
     parser.add_argument("data", metavar="RECIPE|YAML", help="a recipe, a built-in data set, or the YAML of a data set")
@@ -100,11 +99,10 @@ def check_data(argv: Sequence[str]) -> None:
         "--out", metavar="PNG", type=Path, default=Path("check-data.png"), help="contact sheet of overlays"
     )
     options = parser.parse_args(argv)
-    if options.data in recipes.names():
+    if options.data not in built_in_datasets() and recipes.is_recipe(options.data):
         data = recipes.load(options.data).data
         options.data, options.root = data.dataset, options.root or data.root
-    if options.data == "scenes" and options.root:
-        ensure_scenes(options.root)
+    ensure_built_in(options.data, options.root)
     report = check(load_spec(options.data), options.root, options.out)
     print(render(report))
     if not report["ok"]:
@@ -165,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         if argv[0] not in VERBS:
-            near = difflib.get_close_matches(argv[0], VERBS, n=1)
-            raise FusekernError(f"unknown verb {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else f"\n\n{HELP}"))
+            raise FusekernError(f"unknown verb {argv[0]!r}{did_you_mean(argv[0], VERBS) or chr(10) * 2 + HELP}")
         VERBS[argv[0]](argv[1:])
     except FusekernError as error:
         print(f"fusekern: error: {error}", file=sys.stderr)

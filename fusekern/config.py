@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+IGNORE = 255  # label value, in memory, of a pixel that counts neither in training nor in evaluation
+
 _NEUTRAL = {"resume": True}
 
 
@@ -63,7 +65,7 @@ class GuidanceConfig:
     outer_residual: bool = True
     normalize: bool = True
     text_scale: float = 1.0
-    backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = field(default="auto", metadata=_NEUTRAL)
+    backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     aux_weight: float = 0.4
     aux_tau: float = 0.07
 
@@ -187,9 +189,9 @@ class TrainConfig:
         ema: decay of the exponential moving average of the weights; unset: no average.
         seed: seed of weights, batches and transforms.
         deterministic: deterministic algorithms on CUDA, at a cost in speed.
-        log_every: steps between two lines of metrics.jsonl.
+        log_every: steps between two lines of metrics.jsonl; 0: only after the last step.
         eval_every: steps between two evaluations; 0: only after the last step.
-        save_every: steps between two checkpoints; one is always written after the last step.
+        save_every: steps between two checkpoints; 0: only after the last step, as always.
         keep: how many checkpoints are kept.
     """
 

@@ -24,7 +24,7 @@ PACKAGES = (
     "pillow",
     "tensorboard",
     "matplotlib",
-    "transformers",
+    "safetensors",
 )
 
 

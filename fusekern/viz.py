@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fusekern.config import IGNORE
+
 Palette = Sequence[tuple[int, int, int]]
-IGNORE = 255
 _INK = (25, 25, 25)
 _PAPER = (255, 255, 255)
 

@@ -1,8 +1,10 @@
 """The command line as a user meets it: one small run through every verb, and what bad input says."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +14,25 @@ from PIL import Image
 from fusekern import recipes
 from fusekern.cli import VERBS, main
 from fusekern.data.scenes import write_scenes
+from fusekern.data.spec import load_spec
 
 TINY = [
     *("--model.backbone.name", "mobilenetv2_035", "--model.backbone.output_stride", "16"),
     *("--model.guidance.channels", "32", "--model.guidance.blocks", "1", "--text.width", "32"),
     *("--model.head.neck_channels", "16", "--model.head.channels", "16"),
     *("--data.scale", "[128, 96]", "--eval.scale", "[128, 96]", "--data.crop", "[96, 96]", "--data.workers", "0"),
-    *("--train.steps", "3", "--train.batch", "2", "--train.log_every", "1", "--optim.warmup", "0"),
+    *(
+        "--train.steps",
+        "3",
+        "--train.batch",
+        "2",
+        "--train.log_every",
+        "1",
+        "--train.save_every",
+        "1",
+        "--optim.warmup",
+        "0",
+    ),
 ]
 
 
@@ -54,7 +68,11 @@ def test_train_leaves_a_whole_run_folder(run):
 def test_train_refuses_a_folder_in_use_and_goes_on_with_resume(run, scenes, capsys):
     arguments = ["train", "demo", *TINY, "--data.root", str(scenes), "--out", str(run)]
     assert "--resume auto" in error_of(capsys, *arguments)
+    last = run / "checkpoints" / "step-00000003"
+    before = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)
     assert main([*arguments, "--resume", "auto"]) == 0
+    assert (last / "model.safetensors").read_bytes() == before
 
 
 def test_eval_prints_the_table_and_says_that_there_is_no_language(run, scenes, tmp_path, capsys):
@@ -94,6 +112,30 @@ def test_check_data_passes_good_data_and_fails_on_bad(scenes, tmp_path, capsys):
     victim.write_bytes(victim.read_bytes()[:200])
     assert main(["check-data", "demo", "--data.root", str(broken), "--out", str(sheet)]) == 2
     assert victim.name in capsys.readouterr().out
+
+
+def test_check_data_reads_a_recipe_of_the_user_or_a_data_set(scenes, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"data: {{dataset: scenes, root: {scenes}}}")
+    assert main(["check-data", str(recipe), "--out", str(tmp_path / "sheet.png")]) == 0
+    data = tmp_path / "data.yaml"
+    split = "{{images: 'images/{0}/*.jpg', labels: 'annotations/{0}/{{stem}}.png'}}"
+    names = ", ".join(load_spec("scenes").names)
+    data.write_text(
+        f"root: {scenes}\nreduce_zero_label: true\nnames: [{names}]\n"
+        f"train: {split.format('training')}\nval: {split.format('validation')}\n"
+    )
+    assert main(["check-data", str(data), "--out", str(tmp_path / "sheet.png")]) == 0
+
+
+def test_a_run_is_named_after_its_whole_recipe(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr("fusekern.engine.train.train", lambda recipe, out, resume, init: seen.append(Path(out)))
+    Path("my.v2.yaml").write_text("train: {steps: 3}")
+    for name in ("camvid/mobilenetv2-fpn", "my.v2.yaml"):
+        assert main(["train", name]) == 0
+    assert seen == [Path("runs/camvid/mobilenetv2-fpn"), Path("runs/my.v2")]
 
 
 def test_flops_prints_json(capsys):

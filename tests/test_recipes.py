@@ -70,7 +70,7 @@ def test_a_misspelt_name_key_or_value_is_named(arguments, message):
         ("model: {bakbone: {name: x}}", "unknown key model.bakbone; did you mean model.backbone?"),
         ("trian: {steps: 3}", "unknown key trian; did you mean train?"),
         ("train: {steps: soon}", "train.steps"),
-        ("train: [", "not YAML"),
+        ("train: [", "cannot be read as YAML"),
         ("just words", "a recipe is a mapping"),
     ],
 )

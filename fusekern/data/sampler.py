@@ -95,7 +95,7 @@ class TrainStream(Dataset):
             sample = self.folder[key.index]
         except FusekernError as error:
             return error
-        image, label = self.transform(sample, seed=self.seed, step=key.step, index=key.slot)
+        image, label = self.transform(sample, seed=self.seed, step=key.step, slot=key.slot)
         return {"image": image, "label": label, "name": sample.name, "step": key.step}
 
 

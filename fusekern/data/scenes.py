@@ -243,7 +243,7 @@ def write_scenes(
     """
     if min(images) < 1 or min(size) < 96 or seed < 0:
         raise ValueError(f"images must be 1 or more, size 96 or more, seed 0 or more, got {images}, {size}, {seed}")
-    root = Path(root)
+    root = Path(root).expanduser()
     if not _vacant(root):
         raise FusekernError(f"{root} is not an empty folder: the scenes need one of their own")
     try:
@@ -270,7 +270,7 @@ def ensure_scenes(root: str | Path) -> None:
     Raises:
         FusekernError: ``root`` holds something else, or scenes of another version, or cannot be written.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if _holds_scenes(root):
         return
     try:
@@ -278,6 +278,12 @@ def ensure_scenes(root: str | Path) -> None:
     except FusekernError:
         if not _holds_scenes(root):  # else another process was faster
             raise
+
+
+def ensure_built_in(dataset: str, root: str | Path | None) -> None:
+    """``ensure_scenes`` for the data set that the package draws; others are the user's to bring."""
+    if dataset == "scenes" and root is not None:
+        ensure_scenes(root)
 
 
 def _write_split(root: Path, folder: str, generators: list[np.random.Generator], size: tuple[int, int]) -> None:

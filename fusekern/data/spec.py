@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fusekern.errors import FusekernError
+from fusekern.config import IGNORE
+from fusekern.errors import FusekernError, did_you_mean
 
-IGNORE = 255
 _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -140,11 +139,9 @@ def load_spec(dataset: str | Path) -> DatasetSpec:
     """
     path = _RECIPES / str(dataset) / "dataset.yaml" if str(dataset) in built_in_datasets() else Path(dataset)
     if not path.is_file():
-        near = difflib.get_close_matches(str(dataset), built_in_datasets(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise FusekernError(
             f"data.dataset: {str(dataset)!r} is neither a built-in data set ({', '.join(built_in_datasets())}) "
-            f"nor a YAML file{hint}"
+            f"nor a YAML file{did_you_mean(str(dataset), built_in_datasets())}"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -199,9 +196,8 @@ class _Reader:
             )
         for key in content:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                raise self.fail(f"unknown key {f'{where}.{key}' if where else str(key)!r}; {hint}")
+                hint = did_you_mean(str(key), known) or f"; known are {', '.join(known)}"
+                raise self.fail(f"unknown key {f'{where}.{key}' if where else str(key)!r}{hint}")
         return content
 
     def get(self, content: dict[str, Any], key: str, kind: type, default: Any, need: str) -> Any:

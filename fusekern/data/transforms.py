@@ -7,9 +7,8 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fusekern.config import DataConfig
+from fusekern.config import IGNORE, DataConfig
 from fusekern.data.folder import Sample
-from fusekern.data.spec import IGNORE
 
 # One choice for training and test. Without a low-pass filter, shrinking aliases just the textures to be told apart;
 # mmsegmentation's OpenCV has none, which changes results where images shrink.
@@ -27,14 +26,14 @@ class TrainTransform:
     def __init__(self, data: DataConfig):
         self.data = data
 
-    def __call__(self, sample: Sample, *, seed: int, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A pure function of its arguments: ``index`` is the place in the global batch of ``step``.
+    def __call__(self, sample: Sample, *, seed: int, step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pure function of its arguments: ``slot`` is the place in the global batch of ``step``.
 
         Returns:
             image float32 [3, h, w] in [0, 1], label int64 [h, w] with 255 ignored; h, w = ``data.crop``.
         """
         data = self.data
-        rng = np.random.default_rng((1, seed, step, index))  # the sampler hashes (2, ...): other streams
+        rng = np.random.default_rng((1, seed, step, slot))  # the sampler hashes (2, ...): other streams
         size = fit(sample.label.shape, data.scale, rng.uniform(*data.ratio))
         label = F.resize(sample.label[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
         image = _resize(sample.image, size)
@@ -48,17 +47,18 @@ class TrainTransform:
         return _pad(image, label, data)
 
 
-def resize_for_test(image: torch.Tensor, scale: tuple[float, float]) -> torch.Tensor:
-    """Fit an image into ``scale`` as training does at ratio 1.
+def resize_for_test(image: torch.Tensor, scale: tuple[int, int], ratio: float = 1.0) -> torch.Tensor:
+    """Fit an image into ``scale`` times ``ratio``, as training does.
 
     Args:
         image: uint8 [3, H, W].
         scale: longest and shortest side, in either order.
+        ratio: factor on both.
 
     Returns:
         float32 [3, h, w] in [0, 1].
     """
-    return _resize(image, fit(image.shape[1:], scale)).float().contiguous() / 255
+    return _resize(image, fit(image.shape[1:], scale, ratio)).float().contiguous() / 255
 
 
 def fit(size: tuple[int, int], scale: tuple[float, float], ratio: float = 1.0) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""One verb a file: train, evaluate, predict, and the checkpoints between them."""

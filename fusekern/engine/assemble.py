@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from fusekern._version import __version__
 from fusekern.config import Recipe
 from fusekern.data.folder import SegmentationFolder
-from fusekern.data.scenes import ensure_scenes
+from fusekern.data.scenes import ensure_built_in
 from fusekern.data.spec import DatasetSpec, load_spec
 from fusekern.engine import checkpoint as checkpoints
 from fusekern.engine import optim
@@ -46,9 +46,8 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> Data:
     Raises:
         FusekernError: the data set or its files cannot be used.
     """
-    if recipe.data.dataset == "scenes" and recipe.data.root is not None:
-        with accelerator.local_main_process_first():
-            ensure_scenes(recipe.data.root)
+    with accelerator.local_main_process_first():
+        ensure_built_in(recipe.data.dataset, recipe.data.root)
     spec = load_spec(recipe.data.dataset)
     train = SegmentationFolder(spec, "train", recipe.data.root)
     val = SegmentationFolder(spec, "val", recipe.data.root) if spec.val else None

@@ -28,6 +28,7 @@ from fusekern import recipes
 from fusekern.config import Recipe
 from fusekern.data.spec import DatasetSpec, Split
 from fusekern.errors import FusekernError
+from fusekern.models.pickles import refuse_pickle
 from fusekern.models.segmenter import Segmenter, build_segmenter
 
 FORMAT = 1
@@ -40,7 +41,6 @@ _KEYS = (
     *("step", "world", "threads", "versions", "recipe", "backbone_mult"),
     *("dataset", "images", "text", "score", "scaler"),
 )
-_PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _CLASSIFIER = "head.classifier.weight"
 
 
@@ -174,16 +174,7 @@ def decode(files: Mapping[str, bytes], path: Path) -> Checkpoint:
     Raises:
         FusekernError: a file is cut short or damaged, or of another format.
     """
-    try:
-        state = json.loads(files[STATE])
-    except ValueError as error:
-        raise FusekernError(f"{path / STATE} is cut short or damaged: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise FusekernError(f"{path / STATE}: found checkpoint format {found}, this version reads format {FORMAT}")
-    missing = [key for key in _KEYS if key not in state]
-    if missing:
-        raise FusekernError(f"{path / STATE} lacks {', '.join(missing)}")
+    state = _parse_state(files[STATE], path / STATE)
     tensors = {
         Path(name).stem: parse_tensors(data, path / name)
         for name, data in files.items()
@@ -206,9 +197,12 @@ def read_recipe(path: str | Path) -> Recipe:
     """The recipe of a checkpoint; ``path`` as in ``resolve``.
 
     Raises:
-        FusekernError: as ``load``.
+        FusekernError: as ``resolve`` and ``decode``.
     """
-    return recipes.from_dict(load(path).state["recipe"])
+    file = resolve(path) / STATE
+    if not file.is_file():
+        raise FusekernError(f"{file.parent} is no whole checkpoint: it lacks {STATE}")
+    return recipes.from_dict(_parse_state(file.read_bytes(), file)["recipe"])
 
 
 def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.device = "cpu") -> LoadedSegmenter:
@@ -276,18 +270,6 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
         raise FusekernError(f"{path} is cut short or damaged ({len(data)} bytes): {error}") from None
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises FusekernError if the file is a pickle or a zip of pickles, by its name or its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    zipped, pickled = head[:4] == b"PK\x03\x04", head[:1] == b"\x80" and head[8:9] != b"{"
-    if path.suffix.lower() in _PICKLES or zipped or pickled:
-        raise FusekernError(
-            f"{path} is a pickle (as torch.save writes), refused: opening one runs whatever code lies in it; "
-            "weights are taken from .safetensors files"
-        )
-
-
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path, *, skip: Collection[str] = ()) -> None:
     """Copies tensors into the model's parameters and buffers of the same names; every one must be there and fit.
 
@@ -318,6 +300,20 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path, 
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])
+
+
+def _parse_state(data: bytes, path: Path) -> dict:
+    try:
+        state = json.loads(data)
+    except ValueError as error:
+        raise FusekernError(f"{path} is cut short or damaged: {error}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise FusekernError(f"{path}: found checkpoint format {found}, this version reads format {FORMAT}")
+    missing = [key for key in _KEYS if key not in state]
+    if missing:
+        raise FusekernError(f"{path} lacks {', '.join(missing)}")
+    return state
 
 
 def spec_to_dict(spec: DatasetSpec) -> dict:

@@ -31,7 +31,8 @@ _WEIGHTS = {"ema": "EMA weights", "model": "weights as trained (not EMA)"}
 
 def evaluate_checkpoint(
     path: str | Path,
-    recipe_overrides: EvalConfig | None = None,
+    *,
+    config: EvalConfig | None = None,
     root: str | None = None,
     out: Path | None = None,
     split: str = "val",
@@ -44,7 +45,7 @@ def evaluate_checkpoint(
 
     Args:
         path: checkpoint, or run folder for its last one.
-        recipe_overrides: test protocol; default: that of the checkpoint's recipe.
+        config: test protocol; default: that of the checkpoint's recipe.
         root: folder of the data; default: that of the recipe, or of ``dataset``.
         out: report folder, made where it is missing; default: ``path/eval``.
         split: ``train`` or ``val``.
@@ -60,7 +61,7 @@ def evaluate_checkpoint(
     # Without cpu=True accelerate ignores torchrun where there is no GPU: each process would count every image.
     state = PartialState(cpu=not torch.cuda.is_available())
     checkpoint = resolve(path)
-    loaded, config = load_for_test(checkpoint, recipe_overrides, state.device)
+    loaded, config = load_for_test(checkpoint, config, state.device)
     spec = load_spec(dataset) if dataset else loaded.spec
     if len(spec.names) != len(loaded.spec.names):
         raise FusekernError(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fusekern.config import IGNORE
 from fusekern.data.folder import SegmentationFolder
-from fusekern.engine.metrics import IGNORE, ConfusionMatrix
+from fusekern.engine.metrics import ConfusionMatrix
 
 BINS = 16
 

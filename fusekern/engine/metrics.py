@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IGNORE = 255
+from fusekern.config import IGNORE
 
 
 class ConfusionMatrix:

@@ -18,7 +18,7 @@ from fusekern.config import EvalConfig
 from fusekern.data.folder import read_image
 from fusekern.data.spec import DatasetSpec
 from fusekern.data.transforms import resize_for_test
-from fusekern.engine.checkpoint import LoadedSegmenter, load_segmenter
+from fusekern.engine.checkpoint import LoadedSegmenter, load_segmenter, read_recipe
 from fusekern.errors import FusekernError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -103,15 +103,10 @@ def predict_label(model: nn.Module, image: Tensor, config: EvalConfig, *, device
         FusekernError: no ratio, or windows further apart than they are large.
     """
     device = torch.device(device)
-    if not config.ratios or min(config.ratios) <= 0:
-        raise FusekernError(f"eval.ratios must hold one or more positive factors, found {list(config.ratios)}")
-    if config.mode == "slide" and not all(0 < s <= c for s, c in zip(config.stride, config.crop, strict=True)):
-        raise FusekernError(
-            f"eval.stride must lie in 1..eval.crop, found {config.stride} with windows of {config.crop}"
-        )
+    check_protocol(config)
     views = []
     for ratio, flipped in product(config.ratios, (False, True) if config.flip else (False,)):
-        resized = resize_for_test(image, tuple(side * ratio for side in config.scale)).to(device)
+        resized = resize_for_test(image, config.scale, ratio).to(device)
         with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
             logits = _logits(model, resized.flip(-1) if flipped else resized, config)
         views.append(logits.flip(-1) if flipped else logits)
@@ -127,15 +122,22 @@ def predict_label(model: nn.Module, image: Tensor, config: EvalConfig, *, device
     return label
 
 
+def check_protocol(config: EvalConfig) -> None:
+    """Raises FusekernError for a protocol without a ratio, or with windows further apart than they are large."""
+    if not config.ratios or min(config.ratios) <= 0:
+        raise FusekernError(f"eval.ratios must hold one or more positive factors, found {list(config.ratios)}")
+    if config.mode == "slide" and not all(0 < s <= c for s, c in zip(config.stride, config.crop, strict=True)):
+        raise FusekernError(
+            f"eval.stride must lie in 1..eval.crop, found {config.stride} with windows of {config.crop}"
+        )
+
+
 def load_for_test(
     path: str | Path, config: EvalConfig | None, device: torch.device
 ) -> tuple[LoadedSegmenter, EvalConfig]:
     """A checkpoint with the weights that the protocol asks for; the protocol defaults to that of its recipe."""
-    loaded = load_segmenter(path, config.weights if config else "auto", device)
-    config = config or loaded.recipe.eval
-    if config.weights not in ("auto", loaded.weights_used):
-        loaded = load_segmenter(path, config.weights, device)
-    return loaded, config
+    config = config or read_recipe(path).eval
+    return load_segmenter(path, config.weights, device), config
 
 
 def _images(path: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from fusekern.engine import checkpoint as checkpoints
 from fusekern.engine.checkpoint import Checkpoint
 from fusekern.engine.distributed import any_rank, broadcast_buffers, broadcast_files, gather_tensor, gather_text
 from fusekern.engine.evaluate import evaluate
+from fusekern.engine.predict import check_protocol
 from fusekern.engine.reports import Reports
 from fusekern.engine.signals import Interrupted, StopSignals, leave_signals_to_trainer
 from fusekern.errors import FusekernError
@@ -96,6 +97,7 @@ def _check(recipe: Recipe, resume: str | None, init: str | None, cuda: bool) -> 
             raise FusekernError(f"train.{name} is {getattr(recipe.train, name)}; it must be {least} or more")
     if recipe.train.precision == "fp16" and not cuda:
         raise FusekernError("train.precision fp16 needs CUDA, and there is none here: use bf16 or fp32")
+    check_protocol(recipe.eval)
     if recipe.eval.weights == "ema" and recipe.train.ema is None:
         raise FusekernError("eval.weights is ema, but train.ema is off: there is no moving average to evaluate")
 

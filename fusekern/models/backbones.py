@@ -7,14 +7,15 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fusekern.config import BackboneConfig
 from fusekern.errors import FusekernError
+from fusekern.models.pickles import refuse_pickle
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-_PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PROBE = (96, 160)
 
 
@@ -25,15 +26,13 @@ class Backbone(nn.Module):
         net: module from an image `[B, 3, H, W]` to four levels `[B, Ci, Hi, Wi]`, finest first.
         channels: widths Ci of the levels.
         strides: nominal strides of the levels; sizes may be off by a few pixels, so users resize by size.
-        pretrained: whether the weights come from a training run.
     """
 
-    def __init__(self, net: nn.Module, channels: tuple[int, ...], strides: tuple[int, ...], pretrained: bool) -> None:
+    def __init__(self, net: nn.Module, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
         super().__init__()
         self.net = net
         self.channels = channels
         self.strides = strides
-        self.pretrained = pretrained
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """`[B, 3, H, W]` (normalised) -> C2..C5, `[B, Ci, ~H / si, ~W / si]` each."""
@@ -68,7 +67,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     _check_levels(config, net, channels, strides)
     if file:
         _load(net, file)
-    return Backbone(net, channels, strides, pretrained=config.weights != "none")
+    return Backbone(net, channels, strides)
 
 
 def _timm():
@@ -81,11 +80,8 @@ def _timm():
 
 def _weights_file(weights: str) -> Path | None:
     path = Path(weights)
-    if path.suffix in _PICKLES:
-        raise FusekernError(
-            f"model.backbone.weights: {weights} is a pickle, which can run code when loaded; a safetensors file is "
-            "needed (convert it once, in an environment you trust)"
-        )
+    if path.is_file():
+        refuse_pickle(path)
     if path.suffix != ".safetensors" and not path.exists():
         return None
     if path.suffix != ".safetensors" or not path.is_file():
@@ -140,7 +136,6 @@ def _check_levels(config: BackboneConfig, net: nn.Module, channels: tuple[int, .
 
 def _load(net: nn.Module, file: Path) -> None:
     """Load by name, blind to timm's wrappers: extractors write ``stages.0`` as ``stages_0`` or prepend ``model.``."""
-    from safetensors.torch import load_file
 
     def plain(key: str) -> str:
         return key.removeprefix("model.").removeprefix("body.").replace(".", "_")
@@ -159,4 +154,4 @@ def _load(net: nn.Module, file: Path) -> None:
             f"model.backbone.weights: {file} lacks {len(missing)} of {len(net.state_dict())} tensors: "
             f"{', '.join(missing[:5])}"
         )
-    logger.info("backbone weights from %s; not used: %s", file.name, ", ".join(found) or "none")
+    log.info("backbone weights from %s; not used: %s", file.name, ", ".join(found) or "none")

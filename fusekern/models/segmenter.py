@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusekern.config import DataConfig, ModelConfig
+from fusekern.config import IGNORE, DataConfig, ModelConfig
 from fusekern.errors import FusekernError
 from fusekern.models.backbones import Backbone, build_backbone
 from fusekern.models.guidance import ConvFormerGuidance, NoGuidance
 from fusekern.nn import FeaturePyramid, SemanticFPN
-
-IGNORE = 255
 
 
 class SegmenterOutput(NamedTuple):

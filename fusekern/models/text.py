@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fusekern.config import TextConfig
 from fusekern.errors import FusekernError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _LOCAL_DIR = "local-dir:"
 _OFFLINE = (
@@ -140,8 +141,6 @@ def _read_rows(file: str | None) -> Tensor:
         if path.suffix == ".npy":
             rows = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
         elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             tensors = load_file(path)
             if len(tensors) != 1:
                 raise FusekernError(f"text.file: {file} must hold one tensor, found {sorted(tensors)}")
@@ -214,7 +213,7 @@ def _encode(names: tuple[str, ...], config: TextConfig) -> Tensor:
     # One more place changes a prompt's tokens only where the tokenizer had cut it.
     longer = tokenizer(prompts, context_length=tokens.shape[1] + 1)[:, :-1]
     for i in (longer != tokens).any(1).nonzero()[:, 0].tolist():
-        logger.warning("prompt cut to %d tokens: %r", tokens.shape[1], prompts[i])
+        log.warning("prompt cut to %d tokens: %r", tokens.shape[1], prompts[i])
     return torch.cat([tower.encode_text(batch) for batch in tokens.split(256)])
 
 
@@ -223,7 +222,7 @@ def _pretrained_arguments(open_clip, config: TextConfig) -> dict:
     _check_model_name(open_clip, config.model)
     if Path(config.pretrained).is_file():
         if f"{config.model}-quickgelu" in open_clip.list_models():
-            logger.warning(
+            log.warning(
                 "text.pretrained is a file: weights that OpenAI trained need text.model %s-quickgelu", config.model
             )
         return {"pretrained": config.pretrained}

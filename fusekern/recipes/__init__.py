@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from fusekern.config import EvalConfig, Recipe
-from fusekern.errors import FusekernError
+from fusekern.errors import FusekernError, did_you_mean
 
 FOLDER = Path(__file__).parent
 
@@ -39,7 +38,19 @@ def find(name: str) -> Path:
         return FOLDER / f"{name}.yaml"
     if Path(name).is_file():
         return Path(name)
-    raise FusekernError(f"recipe {name!r} is neither a file nor one of {', '.join(names())}{_nearest(name, names())}")
+    raise FusekernError(
+        f"recipe {name!r} is neither a file nor one of {', '.join(names())}{did_you_mean(name, names())}"
+    )
+
+
+def is_recipe(name: str) -> bool:
+    """Whether ``name`` is a recipe: one of the package, or a YAML file without the ``names`` of a data set's."""
+    if name in names():
+        return True
+    if not Path(name).is_file():
+        return False
+    values = _read(Path(name))
+    return isinstance(values, dict) and "names" not in values
 
 
 def load(name: str, *overrides: str) -> Recipe:
@@ -109,7 +120,7 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     for word in argv:
         option = word.split("=", 1)[0]
         if option.startswith("--") and option not in known:
-            raise FusekernError(f"unknown option {option}{_nearest(option, known)}")
+            raise FusekernError(f"unknown option {option}{did_you_mean(option, known)}")
     try:
         return parser.parse_args(list(argv))
     except Exception as error:  # jsonargparse raises several types, argparse one more
@@ -146,17 +157,21 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_keys(path: Path) -> None:
+def _read(path: Path) -> object:
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise FusekernError(f"{path}: not YAML: {error}") from None
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FusekernError(f"{path}: cannot be read as YAML: {error}") from None
+
+
+def _check_keys(path: Path) -> None:
+    values = _read(path)
     if not isinstance(values, dict):
         raise FusekernError(f"{path}: found {type(values).__name__}, a recipe is a mapping of keys to values")
     known = list(_keys(Recipe))
     for key in _given(values):
         if key not in known:
-            raise FusekernError(f"{path}: unknown key {key}{_nearest(key, known)}")
+            raise FusekernError(f"{path}: unknown key {key}{did_you_mean(key, known)}")
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -172,8 +187,3 @@ def _given(values: dict, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(value, dict):
             yield from _given(value, f"{prefix}{name}.")
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""

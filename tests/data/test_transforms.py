@@ -24,8 +24,8 @@ def noise(height=48, width=64, seed=0):
     return Sample(image, torch.randint(0, 5, (height, width), dtype=torch.uint8, generator=generator), "x")
 
 
-def apply(sample, index=0, step=0, seed=0, **changes):
-    return TrainTransform(dataclasses.replace(PLAIN, **changes))(sample, seed=seed, step=step, index=index)
+def apply(sample, slot=0, step=0, seed=0, **changes):
+    return TrainTransform(dataclasses.replace(PLAIN, **changes))(sample, seed=seed, step=step, slot=slot)
 
 
 def test_fitted_sizes():
@@ -77,13 +77,13 @@ def test_flip_mirrors_image_and_label():
 @given(
     size=st.tuples(st.integers(40, 90), st.integers(40, 90)),
     crop=st.tuples(st.integers(8, 70), st.integers(8, 70)),
-    index=st.integers(0, 100),
+    slot=st.integers(0, 100),
 )
-def test_image_and_label_stay_together(size, crop, index):
+def test_image_and_label_stay_together(size, crop, slot):
     y, x = torch.arange(size[0])[:, None].expand(size), torch.arange(size[1])[None].expand(size)
     blocks = (y // 10 * 16 + x // 10).to(torch.uint8)
     places = torch.stack([y * 2, x * 2, x * 0]).to(torch.uint8)
-    image, label = apply(Sample(places, blocks, "x"), index, ratio=(0.5, 2), crop=crop, flip=0.5, cat_max_ratio=0.75)
+    image, label = apply(Sample(places, blocks, "x"), slot, ratio=(0.5, 2), crop=crop, flip=0.5, cat_max_ratio=0.75)
     assert image.shape == (3, *crop) and label.shape == crop
     known = label != 255
     found_y, found_x = image[0][known] * 127.5, image[1][known] * 127.5
@@ -107,8 +107,8 @@ def test_same_arguments_give_the_same_bits():
     state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     outputs = {}
     for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]:
-        seed, step, index = key
-        first, second = (TrainTransform(data)(sample, seed=seed, step=step, index=index) for _ in range(2))
+        seed, step, slot = key
+        first, second = (TrainTransform(data)(sample, seed=seed, step=step, slot=slot) for _ in range(2))
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
         outputs[key] = first[0].numpy().tobytes()
         torch.rand(1)

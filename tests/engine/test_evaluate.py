@@ -119,7 +119,7 @@ def test_says_which_weights_were_used(scenes, tmp_path, capsys):
     expected = {name: evaluate(model, folder, config, device="cpu").miou for name, model in models.items()}
     assert expected["model"] != expected["ema"]
     for override, used in [(None, "model"), (config, "ema"), (EvalConfig(scale=(256, 192), weights="model"), "model")]:
-        report = evaluate_checkpoint(tmp_path, override)
+        report = evaluate_checkpoint(tmp_path, config=override)
         assert report["weights"] == used and report["miou"] == expected[used]
         assert ("not EMA" in capsys.readouterr().out) is (used == "model")
 
@@ -129,7 +129,7 @@ def test_protocol_and_root_can_be_overridden(scenes, tmp_path, capsys):
     config = EvalConfig(
         mode="slide", scale=(256, 192), crop=(128, 128), stride=(64, 96), ratios=(0.5, 1.0), flip=True, precision="bf16"
     )
-    report = evaluate_checkpoint(tmp_path, config, root=str(scenes), split="train")
+    report = evaluate_checkpoint(tmp_path, config=config, root=str(scenes), split="train")
     assert report["images"] == 3 and report["protocol"]["mode"] == "slide"
     protocol = "windows of 128x128 every 64x96 pixels, fitted into 256x192, times 0.5, 1.0, flip, bf16"
     assert protocol in capsys.readouterr().out
