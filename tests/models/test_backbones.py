@@ -21,7 +21,7 @@ def error_of(**settings):
 @pytest.mark.parametrize("output_stride", [32, 16, 8])
 def test_mobilenetv2_levels(output_stride):
     backbone = build_backbone(BackboneConfig(output_stride=output_stride)).eval()
-    assert backbone.channels == (24, 32, 96, 320) and not backbone.pretrained
+    assert backbone.channels == (24, 32, 96, 320)
     assert backbone.strides == tuple(min(s, output_stride) for s in (4, 8, 16, 32))
     with torch.no_grad():
         levels = backbone(torch.zeros(2, 3, 64, 96))
@@ -93,7 +93,6 @@ def test_classifier_file(tmp_path, name):
     classifier = timm.create_model(name, num_classes=7)
     save_file(classifier.state_dict(), file)
     backbone = build_backbone(BackboneConfig(name, weights=str(file)))
-    assert backbone.pretrained
     expected = {key.replace(".", "_"): value for key, value in classifier.state_dict().items()}
     state = {key.removeprefix("body.").replace(".", "_"): value for key, value in backbone.net.state_dict().items()}
     assert state and all(torch.equal(value, expected[key]) for key, value in state.items())
