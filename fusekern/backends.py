@@ -26,7 +26,7 @@ EXTENSIONS = {
     "_C_cuda": "this version has no CUDA sources",
 }
 
-_log = logging.getLogger("fusekern")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
             chosen = candidate
             break
     # A log call would break the graph of a trace.
-    if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+    if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
         for other in BACKENDS:
             if other != chosen:
                 reasons = "; ".join(why_not(op, other, *arguments)) or "it is slower"
-                _log.debug("%s runs on %s, not on %s: %s", op, chosen, other, reasons)
+                log.debug("%s runs on %s, not on %s: %s", op, chosen, other, reasons)
     return chosen
 
 

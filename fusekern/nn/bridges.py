@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
+from fusekern.ops._check import check_choice
+from fusekern.ops.downsample import PADS
 
 BRIDGES = ("attention", "inner_product")
 DOWNSAMPLES = ("conv", "depthwise")
@@ -44,7 +46,7 @@ class ImageToTextBridge(nn.Module):
         super().__init__()
         check_choice("downsample", downsample, DOWNSAMPLES)
         check_choice("bridge", bridge, BRIDGES)
-        ops.downsampled_size(3, 3, pad)
+        check_choice("pad", pad, PADS)
         groups = channels if downsample == "depthwise" else 1
         self.downsample = nn.Conv2d(channels, channels, 3, stride=3, groups=groups)
         if bridge == "attention":
@@ -105,9 +107,3 @@ def inner_product(query: Tensor, keys: Tensor, *, heads: int) -> Tensor:
     """``(Q K^T / N) K`` per head: ``[B, n, C]`` and ``[B, N, C]`` to ``[B, n, C]``."""
     q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, keys))  # [B, heads, n or N, d]
     return ((q @ k.transpose(2, 3) / keys.shape[1]) @ k).transpose(1, 2).flatten(2)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """A ``ValueError`` that lists the choices, unless ``value`` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

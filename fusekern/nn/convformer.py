@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
-from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge, check_choice
+from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.text_transformer import TextTransformer
+from fusekern.ops._check import check_choice, check_heads
 
 PRESETS = {
     "paper": {},
@@ -86,8 +87,7 @@ class ConvFormer(nn.Module):
     ) -> None:
         super().__init__()
         for name, heads in (("bridge_heads", bridge_heads), ("text_heads", text_heads)):
-            if heads < 1 or channels % heads:
-                raise ValueError(f"{name} must divide the channels: got {name} = {heads}, C = {channels}")
+            check_heads(channels, heads, name)
         self.blocks = nn.ModuleList(
             ConvFormerBlock(
                 channels,

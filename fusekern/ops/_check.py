@@ -40,7 +40,13 @@ def check_tokens(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have at least one token; got shape {list(tensor.shape)}")
 
 
-def check_heads(channels: int, heads: int) -> None:
+def check_heads(channels: int, heads: int, name: str = "heads") -> None:
     """Heads split the channels evenly."""
     if heads < 1 or channels % heads:
-        raise ValueError(f"heads must divide the channels: got heads = {heads}, C = {channels}")
+        raise ValueError(f"{name} must divide the channels: got {name} = {heads}, C = {channels}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import resolve
-from fusekern.ops._check import check_alike, check_shape
+from fusekern.ops._check import check_alike, check_choice, check_shape
 
 PADS = ("floor", "ceil")
 
@@ -17,8 +17,7 @@ def downsampled_size(height: int, width: int, pad: str) -> tuple[int, int]:
     Raises:
         ValueError: ``pad`` is neither ``"floor"`` nor ``"ceil"``.
     """
-    if pad not in PADS:
-        raise ValueError(f"pad must be 'floor' or 'ceil', got {pad!r}")
+    check_choice("pad", pad, PADS)
     if pad == "ceil":
         return (height + 2) // 3, (width + 2) // 3
     return max(height // 3, min(height, 1)), max(width // 3, min(width, 1))
@@ -71,6 +70,6 @@ def downsample(
     if bias is not None:
         check_shape("bias", bias, "C", C=channels)
     check_alike(image=image, weight=weight, bias=bias)
-    downsampled_size(3, 3, pad)
+    check_choice("pad", pad, PADS)
     resolve("downsample", backend, image, weight, bias, pad)
     return downsample_reference(image, weight, bias, pad=pad)

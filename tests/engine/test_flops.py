@@ -31,10 +31,8 @@ def test_figures_of_the_paper(recipe, vanilla, convformer):
     assert (report["classes"], report["size"]) == (150, [512, 512])
 
 
-def test_parts_sum_up(vanilla, convformer):
+def test_parameters_sum_up(vanilla, convformer):
     for report in (vanilla, convformer):
-        full, paper = sum(report["parts"].values()), sum(report["parts"].values()) - report["parts"]["classifier"]
-        assert (round(full, 1), round(paper, 1)) == (report["gmac_full"], report["gmac_paper"])
         parameters = dict(report["parameters"])
         assert parameters.pop("total") == sum(parameters.values())
         assert parameters.keys() == report["parts"].keys()

@@ -247,7 +247,7 @@ def test_errors_name_the_argument():
         small(bridge="softmax")
     with pytest.raises(ValueError, match="downsample must be one of conv, depthwise, got 'pool'"):
         small(downsample="pool")
-    with pytest.raises(ValueError, match="pad must be 'floor' or 'ceil'"):
+    with pytest.raises(ValueError, match="pad must be one of floor, ceil"):
         small(pad="same")
     with pytest.raises(ValueError, match="backend must be one of"):
         small(backend="fast")

@@ -46,7 +46,10 @@ def lay_out():
 
 
 def _assert_as_good_as(result: Tensor, peer: Tensor, truth: Tensor) -> None:
-    """The rule of design.md: at most twice the error of PyTorch's own result in this dtype, plus a floor of 2 ulp."""
+    """At most twice the error of ``peer``, PyTorch's own result in this dtype, plus a floor of about two ulp.
+
+    Adding and taking away 0.3 in the dtype rounds twice as any other order of operations would.
+    """
     rounded = truth.to(result.dtype)
     floor = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().double()
     allowed = 2 * (peer.double() - truth).abs().max() + floor

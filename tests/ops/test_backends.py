@@ -41,7 +41,7 @@ def test_auto_passes_over_a_kernel_that_cannot(cpp):
         resolve("former", "cpp", TENSOR)
 
 
-def test_a_kernel_sees_the_arguments_of_the_op(monkeypatch, cpp):
+def test_a_kernel_sees_the_arguments_of_the_op(cpp):
     seen = []
     backends.register("former", "cpp", lambda *arguments: seen.extend(arguments) or [])
     resolve("former", "auto", TENSOR, 8, None)

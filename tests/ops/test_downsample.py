@@ -72,7 +72,7 @@ def test_channels_last_stays_so():
 
 def test_errors_name_the_argument():
     image, weight = torch.zeros(1, 4, 6, 6), torch.zeros(4, 4, 3, 3)
-    with pytest.raises(ValueError, match="pad must be 'floor' or 'ceil', got 'same'"):
+    with pytest.raises(ValueError, match="pad must be one of floor, ceil, got 'same'"):
         downsample(image, weight, pad="same")
     with pytest.raises(ValueError, match=r"weight must be \[C, C, 3, 3\] or .* with C = 4; got shape \[4, 2, 3, 3\]"):
         downsample(image, torch.zeros(4, 2, 3, 3))
