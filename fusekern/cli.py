@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,9 +166,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in VERBS:
             raise FusekernError(f"unknown verb {argv[0]!r}{did_you_mean(argv[0], VERBS) or chr(10) * 2 + HELP}")
         VERBS[argv[0]](argv[1:])
+        sys.stdout.flush()
     except FusekernError as error:
         print(f"fusekern: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"fusekern: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("fusekern: stopped at once; what was not saved is lost", file=sys.stderr)
         return 130

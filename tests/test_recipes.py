@@ -83,6 +83,35 @@ def test_a_bad_file_is_named_with_the_key(tmp_path, text, message):
     assert "mine.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "need"),
+    [
+        ("optim.clip", "-1", "above 0"),
+        ("train.ema", "1.5", "above 0 and below 1"),
+        ("text.width", "0", "1 or more"),
+        ("model.guidance.blocks", "-1", "0 or more"),
+        ("model.head.dropout", "2", "from 0 to below 1"),
+        ("data.crop", "[0, 64]", "1 or more"),
+        ("data.ratio", "[2.0, 0.5]", "the first must not be above the second"),
+        ("data.std", "[0.2, 0.0, 0.2]", "above 0"),
+        ("data.flip", "7", "from 0 to 1"),
+        ("data.workers", "-1", "0 or more"),
+        ("train.keep", "0", "1 or more"),
+        ("eval.ratios", "[0.0]", "above 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_the_need(key, value, need):
+    with pytest.raises(FusekernError) as error:
+        recipes.load("demo", f"--{key}={value}")
+    assert str(error.value).startswith(f"{key} is ") and need in str(error.value)
+
+
+def test_a_path_with_glob_characters_is_the_file_of_that_name(tmp_path):
+    path = tmp_path / "mine[1].yaml"
+    path.write_text("train: {steps: 3}")
+    assert recipes.load(str(path)).train.steps == 3
+
+
 def test_dump_and_from_dict_are_inverse():
     recipe = recipes.load("demo", "--eval.ratios", "[0.5, 1.0]", "--optim.clip", "null")
     assert recipes.from_dict(yaml.safe_load(recipes.dump(recipe))) == recipe

@@ -61,8 +61,8 @@ def surroundings() -> dict:
     return {"versions": versions, "threads": torch.get_num_threads()}
 
 
-def refuse_other_data(checkpoint: Checkpoint, data: Data, *, world: int) -> None:
-    """Raises FusekernError if what the recipe only points to has changed, or the number of processes.
+def refuse_other_data(checkpoint: Checkpoint, data: Data, *, world: int, device: str) -> None:
+    """Raises FusekernError if what the recipe only points to has changed, or the processes or the type of device.
 
     Other versions or threads get a warning: they may change the last bits.
     """
@@ -80,6 +80,11 @@ def refuse_other_data(checkpoint: Checkpoint, data: Data, *, world: int) -> None
         raise FusekernError(
             f"the training images are not those of {path}: {state['images']['count']} then, {data.images['count']} "
             "now, or other names; the batches would differ"
+        )
+    if state["device"] != device:
+        raise FusekernError(
+            f"{path} is from a run on {state['device']} and this one is on {device}: the result would differ; "
+            "use --init to start anew from its weights"
         )
     if state["world"] != world:
         raise FusekernError(

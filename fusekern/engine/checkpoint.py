@@ -38,7 +38,7 @@ OPTIONAL = ("ema.safetensors",)
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _KEYS = (
-    *("step", "world", "threads", "versions", "recipe", "backbone_mult"),
+    *("step", "world", "device", "threads", "versions", "recipe", "backbone_mult"),
     *("dataset", "images", "text", "score", "scaler"),
 )
 _CLASSIFIER = "head.classifier.weight"
@@ -124,6 +124,14 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
+def set_score(folder: Path, score: dict) -> None:
+    """Puts the score of a checkpoint's weights, known after they are safe, into its ``state.json``."""
+    state = {**json.loads((folder / STATE).read_text()), "score": score}
+    temporary = folder / f".{STATE}"
+    _write(temporary, json.dumps(state, indent=1).encode())
+    temporary.replace(folder / STATE)
+
+
 def find(run: Path) -> Path | None:
     """The run folder's last complete checkpoint, or None."""
     return next(reversed(_complete(run)), None)
@@ -156,16 +164,20 @@ def resolve(path: str | Path) -> Path:
     raise FusekernError(f"{path} holds no checkpoint: found {found}; looked for checkpoints/step-*")
 
 
-def read(path: Path) -> dict[str, bytes]:
+def read(path: Path, needed: Collection[str] = REQUIRED) -> dict[str, bytes]:
     """The files of a checkpoint folder, unread; ``decode`` makes a Checkpoint of them.
+
+    Args:
+        path: checkpoint folder.
+        needed: files that must be there; of the others, the moving average is read too.
 
     Raises:
         FusekernError: a file is missing or cannot be read.
     """
-    missing = [name for name in REQUIRED if not (path / name).is_file()]
+    missing = [name for name in needed if not (path / name).is_file()]
     if missing:
         raise FusekernError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}")
-    return {name: (path / name).read_bytes() for name in (*REQUIRED, *OPTIONAL) if (path / name).is_file()}
+    return {name: (path / name).read_bytes() for name in (*needed, *OPTIONAL) if (path / name).is_file()}
 
 
 def decode(files: Mapping[str, bytes], path: Path) -> Checkpoint:
@@ -180,7 +192,7 @@ def decode(files: Mapping[str, bytes], path: Path) -> Checkpoint:
         for name, data in files.items()
         if name.endswith(".safetensors")
     }
-    return Checkpoint(path, state, **{"ema": None, **tensors})
+    return Checkpoint(path, state, **{"ema": None, "optimizer": {}, "rng": {}, **tensors})
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -206,7 +218,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.device = "cpu") -> LoadedSegmenter:
-    """Rebuilds a trained segmenter from its checkpoint alone: no data set, no text tower, no download.
+    """Rebuilds a trained segmenter from a checkpoint's ``state.json`` and weights: no data set, no text tower.
 
     Args:
         path: run folder or checkpoint folder.
@@ -216,7 +228,8 @@ def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.
     Raises:
         FusekernError: as ``load``; the checkpoint has no moving average; its weights are not its recipe's.
     """
-    checkpoint = load(path)
+    folder = resolve(path)
+    checkpoint = decode(read(folder, (STATE, "model.safetensors")), folder)
     if weights == "ema" and checkpoint.ema is None:
         raise FusekernError(f"{checkpoint.path} has no moving average (train.ema was off); use --eval.weights model")
     used = "model" if weights == "model" or checkpoint.ema is None else "ema"

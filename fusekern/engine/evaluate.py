@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -68,11 +68,21 @@ def evaluate_checkpoint(
             f"{checkpoint}: made for {len(loaded.spec.names)} classes, but the data set {spec.name!r} has "
             f"{len(spec.names)}; they must be equal"
         )
+    known = list(loaded.spec.names)
+    moved = [name for k, name in enumerate(spec.names) if name in known and known[k] != name]
+    if moved:
+        raise FusekernError(
+            f"{checkpoint}: its classes stand in another order than those of the data set {spec.name!r}: {moved[0]!r} "
+            f"is class {known.index(moved[0])} of the checkpoint and {spec.names.index(moved[0])} of the data set"
+        )
     if root is None and dataset is None:
         root = loaded.recipe.data.root
     folder = SegmentationFolder(spec, split, root)
     train = SegmentationFolder(spec, "train", root) if baseline else None
     world, rank = state.num_processes, state.process_index
+    out = out or Path(path) / "eval"
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, better now than after the evaluation
     matrix = evaluate(loaded.model, folder, config, device=state.device, rank=rank, world=world)
     # Hashed names are random vectors that carry no meaning: no score of theirs goes without saying so.
     note = "no language prior" if loaded.text_source and not loaded.language_prior else ""
@@ -102,8 +112,6 @@ def evaluate_checkpoint(
                 "(a classifier that sees each pixel's RGB and nothing else)"
             )
         print("\n".join(lines))
-        out = out or Path(path) / "eval"
-        out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         matrix.write_csv(out / "per_class.csv", spec.names, note)
         title = f"{spec.name} {split}, step {loaded.step}, {_WEIGHTS[loaded.weights_used]}" + (note and f", {note}")
@@ -142,6 +150,7 @@ def evaluate(
     device: torch.device | str,
     rank: int = 0,
     world: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> ConfusionMatrix:
     """Count a model's predictions on a data set; the labels are never resized.
 
@@ -156,9 +165,10 @@ def evaluate(
         device: where the model is.
         rank: this process.
         world: number of processes.
+        stop: asked before each image; once true, this process counts no more.
 
     Returns:
-        The confusion matrix over the whole data set, in every process.
+        The confusion matrix over the whole data set, in every process; unless stopped.
 
     Raises:
         FusekernError: a protocol that cannot be followed.
@@ -168,6 +178,8 @@ def evaluate(
     indices = range(rank, len(folder), world)
     with _eval_mode(model):
         for index in tqdm(indices, "evaluate", leave=False, disable=None if rank == 0 else True):
+            if stop():
+                break
             sample = folder[index]
             matrix.update(predict_label(model, sample.image, config, device=device), sample.label)
     if world > 1:

@@ -122,5 +122,7 @@ class Reports:
     def _write(self, record: dict, group: str) -> None:
         if self.main:
             append_metrics(self.out, record)
+        if record.get("language_prior") is False:
+            group = f"{group}, no language prior"
         numbers = {f"{group}/{key}": value for key, value in record.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=record["step"])

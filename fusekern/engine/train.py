@@ -92,9 +92,7 @@ def train(recipe: Recipe, *, out: str | Path, resume: str | None = None, init: s
 def _check(recipe: Recipe, resume: str | None, init: str | None, cuda: bool) -> None:
     if resume and init:
         raise FusekernError("--resume and --init exclude each other: a resumed run has its weights from the checkpoint")
-    for name, least in (("steps", 1), ("keep", 1), ("log_every", 0), ("eval_every", 0), ("save_every", 0)):
-        if getattr(recipe.train, name) < least:
-            raise FusekernError(f"train.{name} is {getattr(recipe.train, name)}; it must be {least} or more")
+    recipes.check(recipe)
     if recipe.train.precision == "fp16" and not cuda:
         raise FusekernError("train.precision fp16 needs CUDA, and there is none here: use bf16 or fp32")
     check_protocol(recipe.eval)
@@ -177,7 +175,7 @@ class _Run:
         if checkpoint:
             self.step, self.source, self.rng = checkpoint.state["step"], checkpoint.path, checkpoint.rng
             self.score = checkpoint.state["score"]
-            assemble.refuse_other_data(checkpoint, self.data, world=self.world)
+            assemble.refuse_other_data(checkpoint, self.data, world=self.world, device=self.device.type)
         self.loader = self._loader()
         self.text = assemble.embed(recipe, self.data.spec, checkpoint)
         model = assemble.build_model(recipe, self.data.spec, self.text, checkpoint, initial)
@@ -218,10 +216,11 @@ class _Run:
                 if stop and self.step < settings.steps:
                     raise Interrupted(self.step, self._save())
                 with reports.paused():
-                    if self.data.val and self._due(settings.eval_every):
-                        self._evaluate(reports)
-                    if self._due(settings.save_every):
-                        path = self._save()
+                    evaluating = self.data.val is not None and self._due(settings.eval_every)
+                    if evaluating or self._due(settings.save_every):
+                        path = self._save()  # before the evaluation, which a bad file can end
+                    if evaluating:
+                        self._evaluate(reports, path, signals)
         return path
 
     def _due(self, every: int) -> bool:
@@ -301,12 +300,24 @@ class _Run:
             self.ema.update(self.model, step=self.step)
         return norm
 
-    def _evaluate(self, reports: Reports) -> None:
+    def _evaluate(self, reports: Reports, saved: Path, signals: StopSignals) -> None:
+        """Scores the weights, which ``saved`` holds; a signal ends it early."""
         averaged = self.ema is not None and self.recipe.eval.weights != "model"
-        broadcast_buffers(self.model.buffers())
-        model = self.ema.module if averaged else self.model
-        matrix = evaluate(model, self.data.val, self.recipe.eval, device=self.device, rank=self.rank, world=self.world)
+        matrix = evaluate(
+            self.ema.module if averaged else self.model,
+            self.data.val,
+            self.recipe.eval,
+            device=self.device,
+            rank=self.rank,
+            world=self.world,
+            stop=lambda: signals.requested,
+        )
+        (stopped,) = any_rank(signals.requested, device=self.device)
+        if stopped:
+            raise Interrupted(self.step, saved)
         reports.evaluation(self.step, matrix, "ema" if averaged else "model")
+        if self.rank == 0:
+            checkpoints.set_score(saved, self.score)
 
     def _save(self) -> Path:
         """Writes a checkpoint from rank 0, with the random states of all. Returns its folder."""
@@ -328,6 +339,7 @@ class _Run:
         scaler, text = self.accelerator.scaler, self.text
         state = {
             "world": self.world,
+            "device": self.device.type,
             **assemble.surroundings(),
             "recipe": recipes.to_dict(self.recipe),
             "backbone_mult": self.backbone_mult,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusekern.config import TextConfig
 from fusekern.errors import FusekernError
+from fusekern.models.pickles import refuse_pickle
 
 log = logging.getLogger(__name__)
 
@@ -221,6 +222,7 @@ def _pretrained_arguments(open_clip, config: TextConfig) -> dict:
     """Weights and activation: OpenAI's towers use QuickGELU, which open_clip only warns about when asked by tag."""
     _check_model_name(open_clip, config.model)
     if Path(config.pretrained).is_file():
+        refuse_pickle(Path(config.pretrained))
         if f"{config.model}-quickgelu" in open_clip.list_models():
             log.warning(
                 "text.pretrained is a file: weights that OpenAI trained need text.model %s-quickgelu", config.model

@@ -1,7 +1,8 @@
 """The two ways across: image to text and text to image.
 
 ``bridge="inner_product"`` is the paper's ablation (section 4.4, figure 3) as we read it, for no formula is given: the
-same bridges without softmax and without projections, ``A = (Q K^T / N) V`` per head with N the number of keys.
+same bridges without softmax and without projections, ``A = (Q K^T / N) V`` per head with N the number of keys. Nothing
+bounds it: in a deep stack the features grow from block to block.
 """
 
 from __future__ import annotations

@@ -86,6 +86,14 @@ class ConvFormer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("channels", channels, 1),
+            ("blocks", blocks, 0),
+            ("expansion", expansion, 1),
+            ("ffn_ratio", ffn_ratio, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
         for name, heads in (("bridge_heads", bridge_heads), ("text_heads", text_heads)):
             check_heads(channels, heads, name)
         self.blocks = nn.ModuleList(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,29 @@ from fusekern.config import EvalConfig, Recipe
 from fusekern.errors import FusekernError, did_you_mean
 
 FOLDER = Path(__file__).parent
+
+# Keys, what every number of their value must satisfy, and that in words. Seed, batch and learning rate are checked
+# where they are used.
+_RANGES = (
+    (
+        "model.guidance.channels model.guidance.bridge_heads model.guidance.text_heads model.guidance.expansion "
+        "model.guidance.ffn_ratio model.head.neck_channels model.head.channels text.width data.scale data.crop "
+        "train.steps train.keep eval.scale eval.crop eval.stride",
+        lambda value: value >= 1,
+        "1 or more",
+    ),
+    (
+        "model.guidance.blocks model.guidance.aux_weight data.workers optim.weight_decay optim.backbone_lr_mult "
+        "optim.warmup optim.power optim.min_lr train.log_every train.eval_every train.save_every",
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    ("model.guidance.aux_tau data.ratio data.std optim.clip eval.ratios", lambda value: value > 0, "above 0"),
+    ("model.head.dropout optim.momentum", lambda value: 0 <= value < 1, "from 0 to below 1"),
+    ("data.flip optim.warmup_ratio", lambda value: 0 <= value <= 1, "from 0 to 1"),
+    ("data.cat_max_ratio", lambda value: 0 < value <= 1, "above 0 and up to 1"),
+    ("train.ema", lambda value: 0 < value < 1, "above 0 and below 1"),
+)
 
 
 def names() -> list[str]:
@@ -41,6 +65,21 @@ def find(name: str) -> Path:
     raise FusekernError(
         f"recipe {name!r} is neither a file nor one of {', '.join(names())}{did_you_mean(name, names())}"
     )
+
+
+def check(recipe: Recipe) -> None:
+    """Raises FusekernError, naming key, value and need, for a value out of range."""
+    for keys, fits, need in _RANGES:
+        for key in keys.split():
+            value = recipe
+            for name in key.split("."):
+                value = getattr(value, name)
+            parts = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(fits(part) for part in parts):
+                raise FusekernError(f"{key} is {value}; it must be {need}")
+    low, high = recipe.data.ratio
+    if low > high:
+        raise FusekernError(f"data.ratio is {recipe.data.ratio}; the first must not be above the second")
 
 
 def is_recipe(name: str) -> bool:
@@ -105,12 +144,13 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Namespace, Recip
     """
     path = find(parse_options(parser, argv).recipe)
     _check_keys(path)
-    parser.default_config_files = [str(path)]
+    parser.default_config_files = [glob.escape(str(path))]
     try:
         options = parser.instantiate(parse_options(parser, argv))
     except FusekernError as error:
         raise FusekernError(f"{path.name}: {error}") from None
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
+    check(recipe)
     return options, recipe
 
 

@@ -18,6 +18,7 @@ from fusekern.errors import FusekernError
 
 STATE = {
     "world": 1,
+    "device": "cpu",
     "threads": 1,
     "versions": {},
     "recipe": {},

@@ -145,6 +145,15 @@ def test_refuses_another_number_of_classes(scenes, tmp_path):
         evaluate_checkpoint(tmp_path, dataset=str(other))
 
 
+def test_refuses_classes_in_another_order(scenes, tmp_path):
+    save_checkpoint(tmp_path, scenes, kind="none")
+    names = ", ".join(reversed(load_spec("scenes").names))
+    other = tmp_path / "other.yaml"
+    other.write_text(f"names: [{names}]\nval: {{images: images/*.jpg, labels: 'labels/{{stem}}.png'}}\n")
+    with pytest.raises(FusekernError, match=r"'ball' is class 10 of the checkpoint and 0 of the data set"):
+        evaluate_checkpoint(tmp_path, dataset=str(other))
+
+
 def test_another_data_set_brings_its_own_root(scenes, tmp_path, capsys):
     save_checkpoint(tmp_path, tmp_path / "gone", kind="none")
     other = tmp_path / "other.yaml"

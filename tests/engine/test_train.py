@@ -3,6 +3,7 @@ import io
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 
@@ -271,3 +272,38 @@ def test_the_callers_logging_is_as_before(data, tmp_path):
     before = (logger.level, list(logger.handlers), logger.propagate)
     train(micro_recipe(data, train__steps=1), out=tmp_path / "run")
     assert (logger.level, list(logger.handlers), logger.propagate) == before
+
+
+def test_a_label_that_an_evaluation_finds_bad_costs_no_training(data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    label = copy / "labels" / "val" / "1.png"
+    whole = label.read_bytes()
+    label.write_bytes(whole[:30])
+    recipe = micro_recipe(copy, train__steps=4, train__eval_every=2, train__save_every=0)
+    with pytest.raises(FusekernError, match=r"1\.png"):
+        train(recipe, out=tmp_path / "run")
+    assert checkpoints.find(tmp_path / "run").name == "step-00000002"
+    label.write_bytes(whole)
+    train(recipe, out=tmp_path / "run", resume="auto")
+    straight = train(
+        micro_recipe(data, train__steps=4, train__eval_every=2, train__save_every=0), out=tmp_path / "other"
+    )
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (checkpoints.find(tmp_path / "run") / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_a_signal_during_an_evaluation_ends_it_at_the_next_image(data, tmp_path, monkeypatch):
+    seen = []
+
+    def predict_label(model, image, config, *, device):
+        seen.append(image)
+        os.kill(os.getpid(), signal.SIGINT)
+        return torch.zeros(image.shape[1:], dtype=torch.uint8)
+
+    monkeypatch.setattr("fusekern.engine.evaluate.predict_label", predict_label)
+    with pytest.raises(Interrupted) as stop:
+        train(micro_recipe(data, train__steps=4, train__eval_every=2), out=tmp_path / "run")
+    assert len(seen) == 1
+    assert (stop.value.step, stop.value.checkpoint.name) == (2, "step-00000002")
+    assert stop.value.checkpoint.is_dir()

@@ -70,6 +70,7 @@ def save_checkpoint(run, root, *, source="hash vectors", kind="convformer", weig
     }
     state = {
         "world": 1,
+        "device": "cpu",
         "recipe": recipes.to_dict(recipe),
         "dataset": checkpoints.spec_to_dict(spec),
         "images": 3,
