@@ -102,6 +102,19 @@ def test_predict_writes_labels_and_overlays(run, scenes, tmp_path, capsys):
     assert np.asarray(Image.open(labels[0])).min() >= 1  # 0 is void in the scenes' own ids
 
 
+def test_a_report_or_prediction_that_cannot_be_written_is_said(run, scenes, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert "taken" in error_of(capsys, "eval", run, "--out", taken)
+    image = next((scenes / "images" / "validation").iterdir())
+    assert "taken" in error_of(capsys, "predict", run, image, "--out", taken / "below")
+    assert taken.read_text() == "a file"
+
+
+def test_a_protocol_out_of_range_is_named(run, capsys):
+    assert "eval.scale is (0, 0); it must be 1 or more" in error_of(capsys, "eval", run, "--eval.scale", "[0, 0]")
+
+
 def test_check_data_passes_good_data_and_fails_on_bad(scenes, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     assert main(["check-data", "demo", "--data.root", str(scenes), "--out", str(sheet)]) == 0

@@ -96,7 +96,7 @@ def load(name: str, *overrides: str) -> Recipe:
     """A recipe with dotted overrides, such as ``load("demo", "--train.steps", "10")``.
 
     Raises:
-        FusekernError: unknown recipe, unknown key, or a value of the wrong type.
+        FusekernError: unknown recipe, unknown key, or a value of the wrong type or out of range.
     """
     return parse(recipe_parser(), [name, *overrides])[1]
 
@@ -118,11 +118,13 @@ def parse_eval(parser: ArgumentParser, argv: Sequence[str], recipe: Recipe) -> t
         The verb's own options, and the test protocol.
 
     Raises:
-        FusekernError: unknown key or a value of the wrong type.
+        FusekernError: unknown key, or a value of the wrong type or out of range.
     """
     parser.set_defaults({f"eval.{key}": value for key, value in to_dict(recipe)["eval"].items()})
     options = parser.instantiate(parse_options(parser, argv))
-    return options, options.pop("eval")
+    config = options.pop("eval")
+    check(dataclasses.replace(recipe, eval=config))
+    return options, config
 
 
 def recipe_parser(**options: str) -> ArgumentParser:
