@@ -12,6 +12,7 @@ share by name start from the same weights, and step s of every arm with the same
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -126,6 +127,7 @@ def _result(folder: Path) -> dict:
         "miou": final["miou"],
         "accuracy": final["accuracy"],
         "iou": {row["name"]: row["iou"] for row in final["classes"]},
+        "confusion": _confusion(folder),
         "text": final["text"],
         "steps": final["step"],
         "date": final["date"],
@@ -136,6 +138,18 @@ def _result(folder: Path) -> dict:
             "loss": [(line["step"], line["decode"]) for line in lines if "decode" in line],
         },
     }
+
+
+def _confusion(folder: Path) -> dict[str, dict[str, float]]:
+    """For each class of the ground truth, the classes that at least one in a hundred of its pixels are taken for."""
+    with open(folder / "eval" / "confusion.csv", newline="", encoding="utf-8") as file:
+        (_, *names), *rows = csv.reader(file)
+    shares = {}
+    for truth, *cells in rows:
+        counts = [int(cell) for cell in cells]
+        taken = {name: count / sum(counts) for name, count in zip(names, counts, strict=True) if count}
+        shares[truth] = {name: round(share, 4) for name, share in taken.items() if share >= 0.01}
+    return shares
 
 
 def _mean(runs: list[dict]) -> float:

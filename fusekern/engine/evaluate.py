@@ -41,7 +41,8 @@ def evaluate_checkpoint(
 ) -> dict:
     """Evaluate a checkpoint; under torchrun the processes share the images.
 
-    The first process prints the report and writes ``results.json``, ``per_class.csv`` and ``confusion.png``.
+    The first process prints the report and writes ``results.json``, ``per_class.csv``, ``confusion.csv`` (pixel counts)
+    and ``confusion.png``.
 
     Args:
         path: checkpoint, or run folder for its last one.
@@ -114,9 +115,10 @@ def evaluate_checkpoint(
         print("\n".join(lines))
         (out / "results.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         matrix.write_csv(out / "per_class.csv", spec.names, note)
+        matrix.write_counts_csv(out / "confusion.csv", spec.names)
         title = f"{spec.name} {split}, step {loaded.step}, {_WEIGHTS[loaded.weights_used]}" + (note and f", {note}")
         viz.confusion_png(matrix.counts.cpu().numpy(), spec.names, out / "confusion.png", title)
-        print(f"\nresults.json, per_class.csv and confusion.png in {out}")
+        print(f"\nresults.json, per_class.csv, confusion.csv and confusion.png in {out}")
     return report
 
 

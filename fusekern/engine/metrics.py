@@ -150,6 +150,13 @@ class ConfusionMatrix:
             writer.writeheader()
             writer.writerows(rows)
 
+    def write_counts_csv(self, path: str | Path, names: Sequence[str]) -> None:
+        """Write the counts as CSV: a row a class of the ground truth, a column a predicted class, names at both."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["truth \\ predicted", *names])
+            writer.writerows([name, *row] for name, row in zip(names, self.counts.tolist(), strict=True))
+
 
 def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value

@@ -95,6 +95,10 @@ def test_report(scenes, tmp_path, capsys):
     with open(tmp_path / "eval" / "per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == list(names) and {row["note"] for row in rows} == {"no language prior"}
+    with open(tmp_path / "eval" / "confusion.csv", newline="") as file:
+        (_, *predicted), *rows = csv.reader(file)
+    assert predicted == list(names) == [row[0] for row in rows]
+    assert [[int(cell) for cell in row[1:]] for row in rows] == matrix.counts.tolist()
     assert min(Image.open(tmp_path / "eval" / "confusion.png").size) > 300
     printed = capsys.readouterr().out
     assert "EMA weights" in printed and "whole image, fitted into 256x192, times 1.0, no flip, fp32" in printed
