@@ -1,8 +1,8 @@
 """Which backend runs an op on these tensors, and in words why another cannot.
 
 ``reference`` is plain PyTorch: it runs every op everywhere. An op that has a kernel in another backend registers a
-function ``why_not(*arguments) -> list[str]``, which gets the op's own arguments and returns the reasons against that
-kernel; an empty list means that it can run.
+function ``why_not(*arguments) -> list[str]``, which gets the op's own arguments and returns the reasons why that kernel
+cannot take them; an empty list means that it can run. Another, ``why_slow``, says where ``auto`` does better without.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from fusekern.errors import FusekernError
+from fusekern.extensions import NAMES as MODULES
+from fusekern.extensions import load
 
 OPS = ("downsample", "conv2former", "inverted_bottleneck", "former", "former2conv", "score_map")
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
 # Why a compiled module is absent from this installation; empty for one that is there.
-EXTENSIONS = {
-    "_C": "this version has no C++ sources",
-    "_C_cuda": "this version has no CUDA sources",
-}
+EXTENSIONS = {name: load(name) for name in MODULES}
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Backend:
 
 
 def _not_built(extension: str) -> str:
-    return EXTENSIONS[extension] and f"{extension} is not built: {EXTENSIONS[extension]}"
+    return EXTENSIONS[extension] and f"{extension} is not there: {EXTENSIONS[extension]}"
 
 
 # Fastest first: the order in which `auto` tries them.
@@ -55,20 +54,29 @@ BACKENDS = {
     "cpp": Backend("C++", "cpu", _not_built("_C")),
 }
 
-_kernels: dict[str, dict[str, Callable[..., list[str]]]] = {op: {} for op in OPS}
+Reasons = Callable[..., list[str]]
+
+_kernels: dict[str, dict[str, tuple[Reasons, Reasons]]] = {op: {} for op in OPS}
 _default = "auto"
 
 
-def register(op: str, backend: str, why_not: Callable[..., list[str]]) -> None:
+def _never(*arguments: Any) -> list[str]:
+    return []
+
+
+def register(op: str, backend: str, why_not: Reasons, why_slow: Reasons = _never) -> None:
     """Say that ``op`` has a kernel in ``backend``, and which arguments that kernel refuses.
+
+    Both functions get the op's arguments. They are traced by ``torch.compile``, so they may look at shapes, strides,
+    dtypes and devices, and at nothing else.
 
     Args:
         op: one of ``OPS``.
         backend: ``"cpp"``, ``"triton"`` or ``"cuda"``.
-        why_not: gets the op's arguments; returns the reasons, in words, why the kernel cannot take them. It is traced
-            by ``torch.compile``, so it may look at shapes, strides, dtypes and devices, and at nothing else.
+        why_not: returns the reasons, in words, why the kernel cannot take them.
+        why_slow: returns the reasons why ``auto`` should not take the kernel although it can run.
     """
-    _kernels[op][backend] = why_not
+    _kernels[op][backend] = why_not, why_slow
 
 
 def why_not(op: str, backend: str, *arguments: Any) -> list[str]:
@@ -87,8 +95,13 @@ def why_not(op: str, backend: str, *arguments: Any) -> list[str]:
     if kernel is None:
         reasons.append(f"this version has no {traits.label} kernel of it")
     elif not reasons:
-        reasons.extend(kernel(*arguments))
+        reasons.extend(kernel[0](*arguments))
     return reasons
+
+
+def why_slow(op: str, backend: str, *arguments: Any) -> list[str]:
+    """Why ``auto`` passes over a backend that can run ``op`` on these arguments; empty if nothing speaks against it."""
+    return _kernels[op][backend][1](*arguments) if backend in _kernels[op] else []
 
 
 def resolve(op: str, backend: str, *arguments: Any) -> str:
@@ -97,7 +110,9 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
     Args:
         op: one of ``OPS``.
         backend: the op's keyword. ``"auto"`` stands for the default that ``use_backend`` has set, and if that is
-            ``"auto"`` too, for the fastest backend that can run, which never fails.
+            ``"auto"`` too, for the fastest backend that can run, which never fails. Under ``torch.export`` and under
+            ``torch.func`` transforms that is the reference: the one for programs that run where fusekern is not
+            installed, the other because kernels have no batching rules.
         arguments: the op's own arguments, a tensor first.
 
     Returns:
@@ -110,21 +125,30 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
     name = _default if check_name(backend) == "auto" else backend
     if name != "auto":
         reasons = why_not(op, name, *arguments)
+        if name != "reference" and _transformed():
+            reasons = [*reasons, "it does not work under torch.func transforms"]
         if reasons:
             raise FusekernError(f"backend {name!r} cannot run {op}: {'; '.join(reasons)}")
         return name
     chosen = "reference"
-    for candidate in BACKENDS:
-        if candidate in _kernels[op] and not why_not(op, candidate, *arguments):
-            chosen = candidate
-            break
+    if not torch.compiler.is_exporting() and not _transformed():
+        for candidate in _kernels[op] and BACKENDS:
+            if not why_not(op, candidate, *arguments) and not why_slow(op, candidate, *arguments):
+                chosen = candidate
+                break
     # A log call would break the graph of a trace.
     if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
         for other in BACKENDS:
             if other != chosen:
-                reasons = "; ".join(why_not(op, other, *arguments)) or "it is slower"
+                reasons = why_not(op, other, *arguments) or why_slow(op, other, *arguments)
+                reasons = "; ".join(reasons) or "it is slower"
                 log.debug("%s runs on %s, not on %s: %s", op, chosen, other, reasons)
     return chosen
+
+
+def _transformed() -> bool:
+    """Is this call inside ``torch.func.grad``, ``vmap`` and the like?"""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def check_name(backend: str) -> str:

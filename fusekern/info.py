@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fusekern._version import __version__
-from fusekern.backends import BACKENDS, EXTENSIONS, OPS, resolve, use_backend, why_not
+from fusekern.backends import BACKENDS, EXTENSIONS, OPS, resolve, use_backend, why_not, why_slow
 from fusekern.ops import BatchNorm
 
 PACKAGES = (
@@ -35,7 +35,7 @@ def collect() -> dict:
         ``version``, ``python``, ``platform``; ``packages``: version, or none if not installed; ``extensions``: why a
         compiled module is not built, or none if it is; ``devices``: description; ``ops``: for each device and op the
         ``backend`` that ``"auto"`` takes for fp32 tensors of the paper's shape, and for each other one, under ``not``,
-        the reasons why it cannot run (none of them if it can and is merely slower).
+        the reasons why it cannot run or is not taken.
     """
     devices = _devices()
     return {
@@ -94,7 +94,11 @@ def _ops(device: str) -> dict[str, dict]:
     with use_backend("auto"):
         for op, arguments in _examples(device).items():
             chosen = resolve(op, "auto", *arguments)
-            others = {name: why_not(op, name, *arguments) for name in (*BACKENDS, "reference") if name != chosen}
+            others = {
+                name: why_not(op, name, *arguments) or why_slow(op, name, *arguments)
+                for name in (*BACKENDS, "reference")
+                if name != chosen
+            }
             table[op] = {"backend": chosen, "not": others}
     return table
 

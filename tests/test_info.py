@@ -18,15 +18,16 @@ def test_collects_plain_values():
 
 def test_says_what_every_op_gets_and_why_not_the_others():
     for row in info.collect()["ops"]["cpu"].values():
-        assert row["backend"] == "reference"
-        assert set(row["not"]) == {"cuda", "triton", "cpp"}
-        assert all(row["not"].values())
+        assert row["backend"] in ("reference", "cpp")
+        others = {"cuda", "triton", "cpp", "reference"} - {row["backend"]}
+        assert set(row["not"]) == others
+        assert all(reasons for name, reasons in row["not"].items() if name != "reference")
 
 
 def test_text_names_every_op_and_reason():
     found = info.collect()
     text = info.render(found)
-    for name in (*OPS, *found["packages"], "_C", "_C_cuda", "this version has no C++ sources", "no Triton kernel"):
+    for name in (*OPS, *found["packages"], "_C", "_C_cuda", "this version has no CUDA sources", "no Triton kernel"):
         assert name in text
     assert max(map(len, text.splitlines())) < 180
 

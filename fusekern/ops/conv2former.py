@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fusekern.backends import resolve
+from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._limits import cpp_dtypes, triton_attention
 
 
 def conv2former_reference(query: Tensor, tokens: Tensor, *, heads: int, scale: float | None = None) -> Tensor:
@@ -16,6 +20,83 @@ def conv2former_reference(query: Tensor, tokens: Tensor, *, heads: int, scale: f
     similarity = (q * (width**-0.5 if scale is None else scale)) @ x  # [B, heads, K, N]
     gathered = similarity.softmax(dim=3) @ x.transpose(2, 3)  # [B, heads, K, d]
     return gathered.transpose(1, 2).flatten(2)
+
+
+def _empty_rows(query: Tensor, heads: int) -> Tensor:
+    return torch.empty((query.shape[0], heads, query.shape[1]), dtype=torch.float32, device=query.device)
+
+
+@torch.library.custom_op(
+    "fusekern::conv2former",
+    mutates_args=(),
+    schema="(Tensor query, Tensor tokens, int heads, float scale, str backend) -> (Tensor, Tensor)",
+)
+def _conv2former(query, tokens, heads, scale, backend):
+    out, lse = empty_tokens(query), _empty_rows(query, heads)
+    if tokens.numel():
+        launch(backend, "conv2former", "fwd", query, tokens, heads, scale, out, lse)
+    else:
+        out.zero_(), lse.zero_()
+    return out, lse
+
+
+@_conv2former.register_fake
+def _(query, tokens, heads, scale, backend):
+    return empty_tokens(query), _empty_rows(query, heads)
+
+
+@torch.library.custom_op(
+    "fusekern::conv2former_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor tokens, Tensor out, Tensor lse, int heads, float scale, str backend) "
+    "-> (Tensor, Tensor)",
+)
+def _conv2former_backward(grad, query, tokens, out, lse, heads, scale, backend):
+    dquery, dtokens = empty_tokens(query), empty_image(tokens)
+    if tokens.numel():
+        launch(backend, "conv2former", "bwd", grad, query, tokens, out, lse, heads, scale, dquery, dtokens)
+    else:
+        dquery.zero_()
+    return dquery, dtokens
+
+
+@_conv2former_backward.register_fake
+def _(grad, query, tokens, out, lse, heads, scale, backend):
+    return empty_tokens(query), empty_image(tokens)
+
+
+def _setup_context(ctx, inputs, output):
+    query, tokens, ctx.heads, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(query, tokens, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    return *_conv2former_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend), None, None, None
+
+
+_conv2former.register_autograd(_backward, setup_context=_setup_context)
+_conv2former_backward.register_autograd(no_second_derivative("conv2former"))
+
+
+@register_flop_formula(torch.ops.fusekern.conv2former)
+def _flops(query, tokens, *rest, **keywords) -> int:
+    """4 B N K C: the similarities and the weighted sum, a multiplication and an addition each."""
+    batch, channels, height, width = tokens
+    return 4 * batch * channels * height * width * query[1]
+
+
+@register_flop_formula(torch.ops.fusekern.conv2former_backward)
+def _backward_flops(grad, query, tokens, *rest, **keywords) -> int:
+    """8 B N K C: two products for each of the forward's; recomputing these is not counted."""
+    return 2 * _flops(query, tokens)
+
+
+register("conv2former", "cpp", cpp_dtypes)
+register("conv2former", "triton", triton_attention)
 
 
 def conv2former(
@@ -48,5 +129,9 @@ def conv2former(
     check_shape("tokens", tokens, "B C h w", B=batch, C=channels)
     check_heads(channels, heads)
     check_alike(query=query, tokens=tokens)
-    resolve("conv2former", backend, query, tokens, heads, scale)
-    return conv2former_reference(query, tokens, heads=heads, scale=scale)
+    query, tokens = follow_autocast(query, tokens)
+    backend = resolve("conv2former", backend, query, tokens, heads, scale)
+    if backend == "reference":
+        return conv2former_reference(query, tokens, heads=heads, scale=scale)
+    scale = (channels // heads) ** -0.5 if scale is None else float(scale)
+    return _conv2former(query, tokens, heads, scale, backend)[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fusekern.backends import resolve
+from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_choice, check_shape
+from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
+from fusekern.ops._limits import cpp_dtypes, triton_dtypes
 
 PADS = ("floor", "ceil")
 
@@ -33,6 +37,92 @@ def downsample_reference(image: Tensor, weight: Tensor, bias: Tensor | None = No
         image = F.pad(image, (0, max(right, 0), 0, max(below, 0)))
     tokens = F.conv2d(image, weight, bias, stride=3, groups=image.shape[1] // weight.shape[1])
     return tokens[:, :, :h, :w]
+
+
+@torch.library.custom_op(
+    "fusekern::downsample",
+    mutates_args=(),
+    schema="(Tensor image, Tensor weight, Tensor? bias, SymInt h, SymInt w, str backend) -> Tensor",
+)
+def _downsample(image, weight, bias, h, w, backend):
+    out = empty_image(image, size=(h, w))
+    if out.numel():
+        launch(backend, "downsample", "fwd", image, weight, bias, out)
+    return out
+
+
+@_downsample.register_fake
+def _(image, weight, bias, h, w, backend):
+    return empty_image(image, size=(h, w))
+
+
+@torch.library.custom_op(
+    "fusekern::downsample_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor image, Tensor weight, bool bias, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _downsample_backward(grad, image, weight, bias, backend):
+    gradients = _empty_gradients(image, weight, bias)
+    if grad.numel():
+        launch(backend, "downsample", "bwd", grad, image, weight, *gradients[:2], gradients[2] if bias else None)
+    else:
+        for gradient in gradients:
+            gradient.zero_()
+    return gradients
+
+
+def _empty_gradients(image: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return empty_image(image), dweight, dweight.new_empty(weight.shape[0] if bias else 0)
+
+
+@_downsample_backward.register_fake
+def _(grad, image, weight, bias, backend):
+    return _empty_gradients(image, weight, bias)
+
+
+def _setup_context(ctx, inputs, output):
+    image, weight, bias, _, _, ctx.backend = inputs
+    ctx.save_for_backward(image, weight)
+    ctx.bias = bias is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad):
+    if grad is None:
+        return (None,) * 6
+    dimage, dweight, dbias = _downsample_backward(grad, *ctx.saved_tensors, ctx.bias, ctx.backend)
+    return dimage, dweight, dbias if ctx.bias else None, None, None, None
+
+
+_downsample.register_autograd(_backward, setup_context=_setup_context)
+_downsample_backward.register_autograd(no_second_derivative("downsample"))
+
+
+@register_flop_formula(torch.ops.fusekern.downsample)
+def _flops(image, weight, *rest, out_shape, **keywords) -> int:
+    """18 B n C^2 with n = h w tokens: nine products of matrices, a multiplication and an addition each."""
+    batch, channels, h, w = out_shape
+    return 18 * batch * h * w * channels**2
+
+
+@register_flop_formula(torch.ops.fusekern.downsample_backward)
+def _backward_flops(grad, image, weight, *rest, **keywords) -> int:
+    """Twice the forward's: the gradients of image and weight."""
+    batch, channels, h, w = grad
+    return 36 * batch * h * w * channels**2
+
+
+def _full(backend_dtypes):
+    def why_not(image, weight, bias, pad):
+        depthwise = ["it takes no depthwise weight"] if weight.shape[1] != image.shape[1] else []
+        return backend_dtypes(image) + depthwise
+
+    return why_not
+
+
+register("downsample", "cpp", _full(cpp_dtypes))
+register("downsample", "triton", _full(triton_dtypes))
 
 
 def downsample(
@@ -71,5 +161,8 @@ def downsample(
         check_shape("bias", bias, "C", C=channels)
     check_alike(image=image, weight=weight, bias=bias)
     check_choice("pad", pad, PADS)
-    resolve("downsample", backend, image, weight, bias, pad)
-    return downsample_reference(image, weight, bias, pad=pad)
+    image, weight, bias = follow_autocast(image, weight, bias)
+    backend = resolve("downsample", backend, image, weight, bias, pad)
+    if backend == "reference":
+        return downsample_reference(image, weight, bias, pad=pad)
+    return _downsample(image, weight, bias, *downsampled_size(*image.shape[2:], pad), backend)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fusekern.backends import resolve
+from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._limits import cpp_dtypes, triton_attention
 
 
 def former2conv_reference(
@@ -19,6 +23,76 @@ def former2conv_reference(
     similarity = (k * (width**-0.5 if scale is None else scale)) @ pixels  # [B, heads, K, N]
     gathered = v @ similarity.softmax(dim=2)  # [B, heads, d, N]
     return image + gathered.reshape(image.shape)
+
+
+@torch.library.custom_op(
+    "fusekern::former2conv",
+    mutates_args=(),
+    schema="(Tensor image, Tensor key, Tensor value, int heads, float scale, str backend) -> Tensor",
+)
+def _former2conv(image, key, value, heads, scale, backend):
+    out = empty_image(image)
+    if out.numel():
+        launch(backend, "former2conv", "fwd", image, key, value, heads, scale, out)
+    return out
+
+
+@_former2conv.register_fake
+def _(image, key, value, heads, scale, backend):
+    return empty_image(image)
+
+
+@torch.library.custom_op(
+    "fusekern::former2conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor image, Tensor key, Tensor value, int heads, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _former2conv_backward(grad, image, key, value, heads, scale, backend):
+    dimage, dkey, dvalue = empty_image(image), empty_tokens(key), empty_tokens(value)
+    if dimage.numel():
+        launch(backend, "former2conv", "bwd", grad, image, key, value, heads, scale, dimage, dkey, dvalue)
+    else:
+        dkey.zero_(), dvalue.zero_()
+    return dimage, dkey, dvalue
+
+
+@_former2conv_backward.register_fake
+def _(grad, image, key, value, heads, scale, backend):
+    return empty_image(image), empty_tokens(key), empty_tokens(value)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.heads, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad):
+    if grad is None:
+        return (None,) * 6
+    return *_former2conv_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend), None, None, None
+
+
+_former2conv.register_autograd(_backward, setup_context=_setup_context)
+_former2conv_backward.register_autograd(no_second_derivative("former2conv"))
+
+
+@register_flop_formula(torch.ops.fusekern.former2conv)
+def _flops(image, key, value, *rest, **keywords) -> int:
+    """4 B N K C: the similarities and the weighted sum, a multiplication and an addition each."""
+    batch, channels, height, width = image
+    return 4 * batch * channels * height * width * key[1]
+
+
+@register_flop_formula(torch.ops.fusekern.former2conv_backward)
+def _backward_flops(grad, image, key, *rest, **keywords) -> int:
+    """8 B N K C: two products for each of the forward's; recomputing these is not counted."""
+    return 2 * _flops(image, key, None)
+
+
+register("former2conv", "cpp", cpp_dtypes)
+register("former2conv", "triton", triton_attention)
 
 
 def former2conv(
@@ -54,5 +128,9 @@ def former2conv(
     check_shape("value", value, "B K C", B=batch, K=key.shape[1], C=channels)
     check_heads(channels, heads)
     check_alike(image=image, key=key, value=value)
-    resolve("former2conv", backend, image, key, value, heads, scale)
-    return former2conv_reference(image, key, value, heads=heads, scale=scale)
+    image, key, value = follow_autocast(image, key, value)
+    backend = resolve("former2conv", backend, image, key, value, heads, scale)
+    if backend == "reference":
+        return former2conv_reference(image, key, value, heads=heads, scale=scale)
+    scale = (channels // heads) ** -0.5 if scale is None else float(scale)
+    return _former2conv(image, key, value, heads, scale, backend)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fusekern.backends import resolve
+from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_shape, check_tokens
+from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._limits import cpp_dtypes, triton_dtypes
 
 
 def _unit(vectors: Tensor, dim: int) -> Tensor:
@@ -22,6 +25,79 @@ def score_map_reference(image: Tensor, text: Tensor, *, normalize: bool = True, 
     pixels, names = (_unit(image, 1), _unit(text, 2)) if normalize else (image, text)
     score = (names @ pixels.flatten(2)).unflatten(2, image.shape[2:])  # [B, K, H, W]
     return torch.cat([image, score], dim=1) if concat else score
+
+
+@torch.library.custom_op(
+    "fusekern::score_map",
+    mutates_args=(),
+    schema="(Tensor image, Tensor text, bool normalize, bool concat, str backend) -> Tensor",
+)
+def _score_map(image, text, normalize, concat, backend):
+    out = _empty_score(image, text, concat)
+    if out.numel():
+        launch(backend, "score_map", "fwd", image, text, normalize, concat, out)
+    return out
+
+
+def _empty_score(image: Tensor, text: Tensor, concat: bool) -> Tensor:
+    return empty_image(image, text.shape[1] + (image.shape[1] if concat else 0))
+
+
+@_score_map.register_fake
+def _(image, text, normalize, concat, backend):
+    return _empty_score(image, text, concat)
+
+
+@torch.library.custom_op(
+    "fusekern::score_map_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor image, Tensor text, bool normalize, bool concat, str backend) -> (Tensor, Tensor)",
+)
+def _score_map_backward(grad, image, text, normalize, concat, backend):
+    dimage, dtext = empty_image(image), empty_tokens(text)
+    if dimage.numel():
+        launch(backend, "score_map", "bwd", grad, image, text, normalize, concat, dimage, dtext)
+    else:
+        dtext.zero_()
+    return dimage, dtext
+
+
+@_score_map_backward.register_fake
+def _(grad, image, text, normalize, concat, backend):
+    return empty_image(image), empty_tokens(text)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.normalize, ctx.concat, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad):
+    if grad is None:
+        return (None,) * 5
+    return *_score_map_backward(grad, *ctx.saved_tensors, ctx.normalize, ctx.concat, ctx.backend), None, None, None
+
+
+_score_map.register_autograd(_backward, setup_context=_setup_context)
+_score_map_backward.register_autograd(no_second_derivative("score_map"))
+
+
+@register_flop_formula(torch.ops.fusekern.score_map)
+def _flops(image, text, *rest, **keywords) -> int:
+    """2 B N K C; the norms are not counted."""
+    batch, channels, height, width = image
+    return 2 * batch * channels * height * width * text[1]
+
+
+@register_flop_formula(torch.ops.fusekern.score_map_backward)
+def _backward_flops(grad, image, text, *rest, **keywords) -> int:
+    """4 B N K C: the gradients of pixels and text; recomputing the scores is not counted."""
+    return 2 * _flops(image, text)
+
+
+register("score_map", "cpp", cpp_dtypes)
+register("score_map", "triton", triton_dtypes)
 
 
 def score_map(
@@ -52,5 +128,8 @@ def score_map(
     check_shape("text", text, "B K C", B=image.shape[0], C=image.shape[1])
     check_tokens("text", text)
     check_alike(image=image, text=text)
-    resolve("score_map", backend, image, text, normalize, concat)
-    return score_map_reference(image, text, normalize=normalize, concat=concat)
+    image, text = follow_autocast(image, text)
+    backend = resolve("score_map", backend, image, text, normalize, concat)
+    if backend == "reference":
+        return score_map_reference(image, text, normalize=normalize, concat=concat)
+    return _score_map(image, text, normalize, concat, backend)

@@ -167,7 +167,9 @@ def test_functional_transforms_of_the_reference(op):
 @every_op
 @pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
 def test_a_backend_asked_for_by_name_runs_or_says_why_not(op, backend):
-    with pytest.raises(FusekernError, match=f"backend '{backend}' cannot run {op}: .*this version has no .* kernel"):
+    # float64 is for the reference alone.
+    why = "(float64, it takes|this version has no|is not there|is not installed|it runs on)"
+    with pytest.raises(FusekernError, match=f"backend '{backend}' cannot run {op}: .*{why}"):
         CALLS[op](*make(op), backend=backend)
     with use_backend(backend), pytest.raises(FusekernError, match=op):
         CALLS[op](*make(op))

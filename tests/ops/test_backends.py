@@ -51,7 +51,7 @@ def test_a_kernel_sees_the_arguments_of_the_op(cpp):
 def test_all_reasons_come_together():
     reasons = why_not("conv2former", "cuda", TENSOR)
     assert reasons == [
-        "_C_cuda is not built: this version has no CUDA sources",
+        "_C_cuda is not there: this version has no CUDA sources",
         "it runs on cuda and the tensors are on cpu",
         "this version has no CUDA kernel of it",
     ]
@@ -97,7 +97,7 @@ def test_reasons_are_told_at_debug_alone(caplog):
     assert not caplog.records
     with caplog.at_level(logging.DEBUG, logger="fusekern"):
         resolve("former", "auto", TENSOR)
-    assert "former runs on reference, not on cpp: _C is not built" in caplog.text
+    assert "former runs on reference, not on cuda: _C_cuda is not there" in caplog.text
 
 
 def test_debug_logging_does_not_break_a_graph(caplog):

@@ -1,0 +1,171 @@
+"""A benchmark's subject: what is computed, in which shapes, at what least cost, and what the truth is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench import peers
+from fusekern.testing import check_parity
+
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``[B, C, H, H]`` and K text tokens, 0 where an op has none. Heads have 64 channels."""
+
+    batch: int
+    channels: int
+    size: int
+    tokens: int = 0
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.channels // 64)
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """``"1,256,64,19"`` or ``"1,256,64"``."""
+        return cls(*map(int, text.split(",")))
+
+    def __str__(self) -> str:
+        numbers = (self.batch, self.channels, self.size, self.tokens)
+        return ",".join(map(str, numbers if self.tokens else numbers[:3]))
+
+
+def shapes(*texts: str) -> tuple[Shape, ...]:
+    return tuple(map(Shape.parse, texts))
+
+
+class Case:
+    """What a benchmark measures. Methods that compute take the tensors that ``sizes`` names, in its order.
+
+    ``shapes`` gives for ``"cpu"``, ``"cuda"``, ``"quick"``, ``"headline"`` (where the goals are set) and ``"compile"``
+    (few: compiling takes minutes) the shapes to measure. ``fed`` names the inputs of the ONNX model; the others are
+    constants in it.
+    """
+
+    name: str
+    op: str
+    attention = False
+    shapes: dict[str, tuple[Shape, ...]]
+    fed: tuple[str, ...]
+
+    def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def arguments(self, shape: Shape, *tensors: Tensor) -> tuple:
+        """The op's own arguments, for ``fusekern.backends``."""
+        raise NotImplementedError
+
+    def fused(self, shape: Shape, backend: str, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reference(self, shape: Shape, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def eager(self, shape: Shape, *tensors: Tensor) -> Tensor:
+        return self.compose(shape, peers.attend, *tensors)
+
+    def compose(self, shape: Shape, attend, *tensors: Tensor) -> Tensor:
+        """``eager`` with a given attention."""
+        raise NotImplementedError
+
+    def graph(self, shape: Shape, graph: peers.Graph, tensors: dict[str, Tensor], channels_last: bool) -> str:
+        """Adds the nodes of the ONNX model and returns the result's name; images are ``[B, H, W, C]`` if asked."""
+        raise NotImplementedError
+
+    def parts(self, shape: Shape, out: Tensor) -> dict[str, Tensor]:
+        """What of the result is judged by itself, because another part's scale would hide its errors."""
+        return {"out": out}
+
+    def flops(self, shape: Shape) -> tuple[int, int]:
+        """Of forward and backward; what a backward recomputes is not counted."""
+        raise NotImplementedError
+
+    def elements(self, shape: Shape) -> tuple[int, int]:
+        """Values that forward and backward cannot but move: each input read once, each output written once."""
+        raise NotImplementedError
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
+
+
+def make(case: Case, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
+    """Normal values; weights, the tensors with ``weight`` in their name, scaled to keep the variance."""
+    generator = torch.Generator(device).manual_seed(seed)
+    made = {}
+    for name, size in case.sizes(shape).items():
+        tensor = torch.randn(size, generator=generator, device=device)
+        if "weight" in name:
+            tensor *= (size[0] / tensor.numel()) ** 0.5
+        made[name] = tensor.to(dtype)
+    return made
+
+
+def with_gradients(call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """The result and the gradient of every tensor."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = call(*leaves)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+class Truth:
+    """What PyTorch says in float64, and in the dtype at hand over its orderings and layouts."""
+
+    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: str) -> None:
+        self.case, self.shape = case, shape
+        self.tensors = make(case, shape, dtype, device)
+        exact = [tensor.double() for tensor in self.tensors.values()]
+        with torch.no_grad():
+            size = case.reference(shape, *exact).shape
+        self.grad = torch.randn(size, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+        self.exact = self.run(case.reference, exact, self.grad.double())
+        self.peers = self._layouts(case.reference)
+        # A wrong peer would widen the rule's tolerance until it allows anything.
+        self.peers += [peer for peer in self._layouts(case.eager) if not self.sane(peer[0])]
+
+    def _layouts(self, call) -> list[tuple[Tensor, ...]]:
+        return [self.run(call, self.laid_out(layout), lay_out(self.grad, layout)) for layout in LAYOUTS]
+
+    def run(self, call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        return with_gradients(lambda *leaves: call(self.shape, *leaves), tensors, grad)
+
+    def laid_out(self, layout: str) -> list[Tensor]:
+        return [lay_out(tensor, layout) for tensor in self.tensors.values()]
+
+    def named(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A result's parts and its gradients by name."""
+        out, *gradients = found
+        names = (f"d{name}" for name in self.tensors)
+        return {**self.case.parts(self.shape, out), **dict(zip(names, gradients, strict=True))}
+
+    def judge(self, found: Sequence[Tensor]) -> list[str]:
+        """What is wrong with a result and its gradients."""
+        wrong, others, exact = [], [self.named(peer) for peer in self.peers], self.named(self.exact)
+        parts = self.case.parts(self.shape, found[0])
+        for name, value in self.named(found).items():
+            faults = check_parity(value, [peer[name] for peer in others], exact[name], gradient=name not in parts)
+            wrong += [f"{name}: {fault}" for fault in faults]
+        return wrong
+
+    def errors(self, found: Sequence[Tensor]) -> dict[str, tuple[float, float]]:
+        """For every name the largest error and the relative L2 error."""
+        exact = self.named(self.exact)
+        return {name: _error(value, exact[name]) for name, value in self.named(found).items()}
+
+    def sane(self, out: Tensor) -> list[str]:
+        """A peer need not pass the rule that fusekern does, but must compute the same function."""
+        error = _error(out, self.exact[0])[1]
+        allowed = 8 * max(_error(peer[0], self.exact[0])[1] for peer in self.peers) + torch.finfo(out.dtype).eps
+        return [] if error <= allowed else [f"wrong result: relative L2 error {error:.3g}, allowed {allowed:.3g}"]
+
+
+def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
+    error = value.double() - exact
+    return error.abs().max().item(), (error.norm() / exact.norm().clamp_min(1e-300)).item()

@@ -1,0 +1,10 @@
+// The bodies of all ops for CPUs with AVX2 and FMA.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#define FUSEKERN_ISA avx2
+
+#include "conv2former_body.h"
+#include "former2conv_body.h"
+#include "score_map_body.h"
+
+#endif

@@ -1,0 +1,6 @@
+// The bodies of all ops for any CPU of this architecture (x86-64: SSE2).
+#define FUSEKERN_ISA baseline
+
+#include "conv2former_body.h"
+#include "former2conv_body.h"
+#include "score_map_body.h"

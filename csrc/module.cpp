@@ -1,0 +1,41 @@
+// fusekern._C: what this build is. The ops register themselves, as torch.ops.fusekern_cpp, when the module is loaded.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "cpu.h"
+
+namespace {
+
+pybind11::dict build_info() {
+  const unsigned long long oldest = TORCH_TARGET_VERSION;
+  pybind11::list isas;
+#if defined(__x86_64__)
+  for (const auto isa : {fusekern::Isa::baseline, fusekern::Isa::avx2, fusekern::Isa::avx512})
+    isas.append(fusekern::name(isa));
+#else
+  isas.append(fusekern::name(fusekern::Isa::baseline));
+#endif
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["torch_at_least"] = std::to_string(oldest >> 56) + "." + std::to_string(oldest >> 48 & 255);
+  info["python"] = PY_VERSION;
+#if defined(__clang__)
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  info["isas"] = isas;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C++ kernels of fusekern, registered as torch.ops.fusekern_cpp.";
+  module.def("build_info", &build_info,
+             "What the module was built with: torch, the oldest torch that it loads under, python, compiler, isas.");
+  module.def("cpu_capability", [] { return fusekern::name(fusekern::cpu_isa()); },
+             "The instruction set that the kernels use here: one of isas.");
+}

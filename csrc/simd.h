@@ -1,0 +1,357 @@
+// A thin vector of W floats: W = 16 with AVX-512, 8 with AVX2 and FMA, 4 with anything else.
+//
+// For the bodies, which are compiled once per instruction set: isa_*.cpp names the namespace in FUSEKERN_ISA, and all
+// that is defined here lies in it, so that the linker never takes one instruction set's copy of a function for
+// another's. For the same reason bodies use nothing inline from the standard library.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef FUSEKERN_ISA
+#error "simd.h is for bodies: define FUSEKERN_ISA, the namespace of the instruction set, before including it"
+#endif
+
+// A pragma that chooses the target comes too late for g++'s own macros (__AVX2__ ...), so that the name decides.
+#define FUSEKERN_WIDTH_baseline 4
+#define FUSEKERN_WIDTH_avx2 8
+#define FUSEKERN_WIDTH_avx512 16
+#define FUSEKERN_JOIN_(a, b) a##b
+#define FUSEKERN_JOIN(a, b) FUSEKERN_JOIN_(a, b)
+#define FUSEKERN_WIDTH FUSEKERN_JOIN(FUSEKERN_WIDTH_, FUSEKERN_ISA)
+
+#if FUSEKERN_WIDTH > 4
+// GCC 12 warns of its own header's undefined operands.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#define FUSEKERN_INLINE static inline __attribute__((always_inline))
+
+namespace fusekern::FUSEKERN_ISA {
+
+// The upper half of a float. Memory holds it; arithmetic is in fp32.
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr int W = FUSEKERN_WIDTH;
+
+#if FUSEKERN_WIDTH == 16
+typedef __m512 V;
+#elif FUSEKERN_WIDTH == 8
+typedef __m256 V;
+#else
+typedef float V __attribute__((vector_size(16), may_alias));
+#endif
+
+typedef uint32_t Bits __attribute__((vector_size(4 * W), may_alias));  // of a V
+typedef uint16_t Halves __attribute__((vector_size(2 * W), may_alias));
+typedef V LooseV __attribute__((aligned(4)));
+typedef Halves LooseHalves __attribute__((aligned(2)));
+
+// ---- lanes -------------------------------------------------------------------------------------------------------
+
+// The first lanes of a vector: those that a masked load reads and a masked store writes.
+struct Lanes {
+#if FUSEKERN_WIDTH == 16
+  __mmask16 mask;
+#elif FUSEKERN_WIDTH == 8
+  __m256i mask;
+  int count;
+#else
+  int count;
+#endif
+};
+
+// count may be anything; below 0 counts as 0, above W as W.
+FUSEKERN_INLINE Lanes first(int64_t count) {
+  const int n = count < 0 ? 0 : count > W ? W : static_cast<int>(count);
+#if FUSEKERN_WIDTH == 16
+  return {static_cast<__mmask16>((1u << n) - 1)};
+#elif FUSEKERN_WIDTH == 8
+  return {_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), n};
+#else
+  return {n};
+#endif
+}
+
+// ---- arithmetic; + - * / and comparisons are the operators --------------------------------------------------------
+
+FUSEKERN_INLINE V set1(float x) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_set1_ps(x);
+#elif FUSEKERN_WIDTH == 8
+  return _mm256_set1_ps(x);
+#else
+  return V{x, x, x, x};
+#endif
+}
+
+FUSEKERN_INLINE V zero() { return set1(0.f); }
+
+// a b + c, rounded once where the CPU has FMA.
+FUSEKERN_INLINE V fma(V a, V b, V c) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_fmadd_ps(a, b, c);
+#elif FUSEKERN_WIDTH == 8
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; b where either is NaN.
+FUSEKERN_INLINE V max(V a, V b) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_max_ps(a, b);
+#elif FUSEKERN_WIDTH == 8
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The smaller; b where either is NaN.
+FUSEKERN_INLINE V min(V a, V b) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_min_ps(a, b);
+#elif FUSEKERN_WIDTH == 8
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// 2^t within one ulp; 0 below t = -126, infinity from t = 128 (or already 127.5) on, NaN for NaN.
+FUSEKERN_INLINE V exp2(V t) {
+  const V small = t;
+  t = min(set1(128.f), t);
+#if FUSEKERN_WIDTH == 16
+  const V whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const V shifted = t + set1(0x1.8p23f);  // its lowest bits are round(t)
+  const V whole = shifted - set1(0x1.8p23f);
+#endif
+  const V r = t - whole;  // in [-1/2, 1/2], exact
+  V p = set1(0.00015353362f);
+  p = fma(p, r, set1(0.0013398874f));
+  p = fma(p, r, set1(0.009618437f));
+  p = fma(p, r, set1(0.055503324f));
+  p = fma(p, r, set1(0.24022648f));
+  p = fma(p, r, set1(0.6931472f));
+  p = fma(p, r, set1(1.f));
+#if FUSEKERN_WIDTH == 16
+  const __mmask16 kept = _mm512_cmp_ps_mask(small, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, p, whole);
+#else
+  const V power = (V)(((Bits)shifted << 23) + 0x3f800000u);
+  return (V)((Bits)(p * power) & ~(Bits)(small < set1(-126.f)));
+#endif
+}
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+FUSEKERN_INLINE V load(const float* p) { return *reinterpret_cast<const LooseV*>(p); }
+
+FUSEKERN_INLINE void store(float* p, V x) { *reinterpret_cast<LooseV*>(p) = x; }
+
+FUSEKERN_INLINE V widen(Halves halves) { return (V)(__builtin_convertvector(halves, Bits) << 16); }
+
+// To nearest, ties to even; NaN stays NaN.
+FUSEKERN_INLINE Halves narrow(V x) {
+  const Bits bits = (Bits)x;
+  const Bits rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const Bits nan = (Bits)(x != x);
+  return __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000u) & nan)) >> 16, Halves);
+}
+
+FUSEKERN_INLINE V load(const bf16* p) { return widen(*reinterpret_cast<const LooseHalves*>(p)); }
+
+FUSEKERN_INLINE void store(bf16* p, V x) { *reinterpret_cast<LooseHalves*>(p) = narrow(x); }
+
+// x with zero in the lanes left out.
+FUSEKERN_INLINE V only(V x, Lanes lanes) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_maskz_mov_ps(lanes.mask, x);
+#elif FUSEKERN_WIDTH == 8
+  return (V)((Bits)x & (Bits)lanes.mask);
+#else
+  for (int i = lanes.count; i < W; ++i) x[i] = 0.f;
+  return x;
+#endif
+}
+
+// Lanes left out read as zero; their memory is not touched, here and below.
+FUSEKERN_INLINE V load(const float* p, Lanes lanes) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_maskz_loadu_ps(lanes.mask, p);
+#elif FUSEKERN_WIDTH == 8
+  return _mm256_maskload_ps(p, lanes.mask);
+#else
+  V x = zero();
+  for (int i = 0; i < lanes.count; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+
+FUSEKERN_INLINE void store(float* p, V x, Lanes lanes) {
+#if FUSEKERN_WIDTH == 16
+  _mm512_mask_storeu_ps(p, lanes.mask, x);
+#elif FUSEKERN_WIDTH == 8
+  _mm256_maskstore_ps(p, lanes.mask, x);
+#else
+  for (int i = 0; i < lanes.count; ++i) p[i] = x[i];
+#endif
+}
+
+FUSEKERN_INLINE V load(const bf16* p, Lanes lanes) {
+#if FUSEKERN_WIDTH == 16
+  return widen((Halves)_mm256_maskz_loadu_epi16(lanes.mask, p));
+#else
+  Halves halves = {};
+  for (int i = 0; i < lanes.count; ++i) halves[i] = p[i].bits;
+  return widen(halves);
+#endif
+}
+
+FUSEKERN_INLINE void store(bf16* p, V x, Lanes lanes) {
+#if FUSEKERN_WIDTH == 16
+  _mm256_mask_storeu_epi16(p, lanes.mask, (__m256i)narrow(x));
+#else
+  const Halves halves = narrow(x);
+  for (int i = 0; i < lanes.count; ++i) p[i].bits = halves[i];
+#endif
+}
+
+// One value.
+FUSEKERN_INLINE float get(const float* p) { return *p; }
+
+FUSEKERN_INLINE float get(const bf16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+FUSEKERN_INLINE void put(float* p, float x) { *p = x; }
+
+FUSEKERN_INLINE void put(bf16* p, float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t rounded = x != x ? bits | 0x400000u : bits + (0x7fffu + ((bits >> 16) & 1u));
+  p->bits = static_cast<uint16_t>(rounded >> 16);
+}
+
+#if FUSEKERN_WIDTH == 16
+// Two bf16 to each 32 bits, for CPUs where cpu_has_bf16(). In assembler, because a target that the file is not compiled
+// for cannot be had for templates.
+
+// c + a b for both bf16 of each lane, in fp32; the same a, read from memory, in all lanes.
+FUSEKERN_INLINE V dot(const float* a, V b, V c) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+  return c;
+}
+
+// As narrow, but for numbers below the least normal one, which become 0.
+FUSEKERN_INLINE Halves to_bf16(V x) {
+  Halves halves;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+  return halves;
+}
+
+// The bf16 of low and of high in the lower and the upper half of each lane.
+FUSEKERN_INLINE V interleave(V low, V high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  __m512i both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+  return (V)_mm512_permutexvar_epi16(order, both);
+}
+#endif
+
+// ---- across lanes ------------------------------------------------------------------------------------------------
+
+FUSEKERN_INLINE float sum(V x) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_reduce_add_ps(x);
+#else
+  float total = x[0];
+  for (int i = 1; i < W; ++i) total += x[i];
+  return total;
+#endif
+}
+
+// Of lanes that hold no NaN; with NaN among them, NaN or any of the others.
+FUSEKERN_INLINE float max(V x) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_reduce_max_ps(x);
+#else
+  float most = x[0];
+  for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+
+// The W x W matrix whose rows are given, in place.
+FUSEKERN_INLINE void transpose(V (&rows)[W]) {
+#if FUSEKERN_WIDTH == 16
+  V a[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 4) {  // now column j + 4 k of rows i .. i + 3 is lane group k of rows[i + j]
+    rows[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    rows[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    rows[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    rows[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 4; ++j) {
+    const V even01 = _mm512_shuffle_f32x4(rows[j], rows[j + 4], 0x88);
+    const V odd01 = _mm512_shuffle_f32x4(rows[j], rows[j + 4], 0xdd);
+    const V even23 = _mm512_shuffle_f32x4(rows[j + 8], rows[j + 12], 0x88);
+    const V odd23 = _mm512_shuffle_f32x4(rows[j + 8], rows[j + 12], 0xdd);
+    a[j] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    a[j + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    a[j + 8] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    a[j + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = a[i];
+#elif FUSEKERN_WIDTH == 8
+  V a[W];
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i += 4) {
+    rows[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    rows[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    rows[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    rows[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 4; ++j) {
+    a[j] = _mm256_permute2f128_ps(rows[j], rows[j + 4], 0x20);
+    a[j + 4] = _mm256_permute2f128_ps(rows[j], rows[j + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < W; ++i) rows[i] = a[i];
+#else
+  const V a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  rows[0] = V{a[0], b[0], c[0], d[0]};
+  rows[1] = V{a[1], b[1], c[1], d[1]};
+  rows[2] = V{a[2], b[2], c[2], d[2]};
+  rows[3] = V{a[3], b[3], c[3], d[3]};
+#endif
+}
+
+}  // namespace fusekern::FUSEKERN_ISA

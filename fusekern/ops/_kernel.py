@@ -1,0 +1,56 @@
+"""What the ops' registrations share.
+
+Behind a public op with kernels stands a ``custom_op`` whose schema carries the backend's name. It allocates the
+outputs, with the strides that its fake promises, and has a launcher fill them: a Triton launcher of ``kernels/<op>.py``
+or a C++ op of ``csrc/<op>.cpp``, alike in name and arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+
+def follow_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on; like autocast, it leaves float64 alone."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def empty_image(image: Tensor, channels: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    """An uninitialised ``[B, C, H, W]`` in the layout of ``image``: channels_last if its channels lie side by side."""
+    shape = (image.shape[0], image.shape[1] if channels is None else channels, *(size or image.shape[2:]))
+    layout = torch.channels_last if image.stride(1) == 1 else torch.contiguous_format
+    return torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=layout)
+
+
+def empty_tokens(tokens: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the same shape."""
+    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+
+
+def launch(backend: str, op: str, direction: str, *arguments: object) -> None:
+    """Have the launcher ``<op>_<direction>`` of a backend fill the outputs among its arguments.
+
+    Autocast is off meanwhile: the arguments have their dtypes already.
+    """
+    name = f"{op}_{direction}"
+    # Triton is optional, and importing it takes longer than importing fusekern.
+    module = torch.ops.fusekern_cpp if backend == "cpp" else import_module(f"fusekern.kernels.{op}")
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        getattr(module, name)(*arguments)
+
+
+def no_second_derivative(op: str) -> Callable[..., None]:
+    """The backward of a backward."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{op} has no second derivative in its kernels; backend='reference' has one")
+
+    return refuse

@@ -1,0 +1,38 @@
+"""What the kernels cannot take, in words: the ``why_not`` functions that the ops register."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
+    """The C++ kernels compute in fp32."""
+    return _dtypes(first, torch.float32, torch.bfloat16)
+
+
+def triton_dtypes(first: Tensor, *rest: object) -> list[str]:
+    """The Triton kernels need tensor cores that know bf16, and accumulate in fp32."""
+    reasons = _dtypes(first, torch.float32, torch.bfloat16, torch.float16)
+    major, minor = _capability(first.device.index)
+    if major < 8:
+        reasons.append(f"it needs compute capability 8.0, the device has {major}.{minor}")
+    return reasons
+
+
+def triton_attention(first: Tensor, *rest: object) -> list[str]:
+    """``rest`` ends with ``heads, scale``; a head lies on chip as a whole."""
+    *tensors, heads, _ = rest
+    width = tensors[-1].shape[1 if tensors[-1].dim() == 4 else 2] // heads
+    wide = [f"heads of {width} channels, it takes up to 256"] if width > 256 else []
+    return triton_dtypes(first) + wide
+
+
+def _dtypes(tensor: Tensor, *known: torch.dtype) -> list[str]:
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+    return [] if tensor.dtype in known else [f"{str(tensor.dtype).removeprefix('torch.')}, it takes {names}"]
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

@@ -1,0 +1,392 @@
+"""The benchmarks measure what they say, and say nothing about a kernel that is wrong."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import common, conv2former, downsample, former2conv, gpu_check, numerics, peers, report, score_map
+from bench.case import LAYOUTS, Shape, lay_out, make
+from bench.timing import Burst, Ceilings, interleaved, rotation
+
+MODULES = {"former2conv": former2conv, "conv2former": conv2former, "score_map": score_map, "downsample": downsample}
+ALL_CASES = [case for module in MODULES.values() for case in module.CASES]
+TINY = ["--quick", "--backend", "reference", "--seconds-a-pass", "0.01", "--shapes", "1,128,9,5"]
+FAST = ["--peers", "reference", "eager"]
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_process_as_it_was(monkeypatch):
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: False)
+    known = Ceilings("cpu", {1: 1e10}, {"float32": 1e11, "bfloat16": 1e11})
+    monkeypatch.setattr(known, "measure", lambda *_: None)
+    monkeypatch.setattr(common, "Ceilings", lambda device: known)
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    benchmark, tf32 = cudnn.benchmark, cudnn.allow_tf32
+    yield
+    torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
+
+
+def run(op: str, out, *options: str) -> tuple[int, dict]:
+    code = common.main(MODULES[op].CASES, [*TINY, *FAST, "--out", str(out), *options])
+    return code, json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_a_run_writes_what_it_promises(op, tmp_path, capsys):
+    code, found = run(op, tmp_path / "found.json")
+    assert code == 0 and found["complete"] is True
+    assert found["device"] and found["commit"] and found["date"] and found["versions"]["torch"]
+    assert found["command"].startswith(f"python -m bench.{op} --quick")
+    assert set(found["ceilings"]) == {"copy_bytes_per_s", "gemm_flop_per_s"}
+    assert len(found["rows"]) == len(MODULES[op].CASES) * len(LAYOUTS)
+    table = capsys.readouterr().out
+    for row in found["rows"]:
+        assert row["heads"] == 2 and row["dtype"] == "float32" and row["layout"] in LAYOUTS
+        assert row["auto"] in ("reference", "cpp") and row["wrong"] == [] and row["not"] == {}
+        for which in ("forward", "forward_backward"):
+            assert set(row[which]) == {"fusekern", "reference", "eager"}
+            for name, times in row[which].items():
+                assert 0 < times["best_s"] <= times["median_s"] and times["rounds"] >= 5
+                floor, share = row["roofline"][which]["floor_s"], row["roofline"][which]["share"][name]
+                assert share == pytest.approx(floor / times["best_s"], rel=1e-2)
+            ratio = row[which]["eager"]["best_s"] / row[which]["fusekern"]["best_s"]
+            assert row["ratio"][which] == {
+                "reference": pytest.approx(row["ratio"][which]["reference"]),
+                **{"eager": pytest.approx(ratio, rel=1e-2)},
+            }
+        memory = row["memory"]["reference"]
+        assert memory["saved_bytes"] > memory["saved_beyond_inputs_bytes"] > -(op == "downsample")
+        assert f"| {row['case']} | {row['shape']} | 2 | float32 | {row['layout']} | forward+backward |" in table
+
+
+WRONG = {
+    "values": lambda true: lambda *a, **k: true(*a, **k) * 1.001,
+    "gradients": lambda true: lambda *a, **k: _scaled_gradient(true(*a, **k)),
+    "a crash": lambda true: lambda *a, **k: 1 / 0,
+}
+
+
+def _scaled_gradient(out):
+    return out.detach() + 1.01 * (out - out.detach())
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_no_speed_of_a_kernel_that_is_wrong(fault, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(former2conv, "former2conv", WRONG[fault](former2conv.former2conv))
+    code, found = run("former2conv", tmp_path / "found.json")
+    assert code == 1
+    for row in found["rows"]:
+        assert row["wrong"] and not {"forward", "forward_backward", "ratio", "roofline"} & set(row)
+    if fault == "gradients":
+        assert {fault.split(":")[0] for row in found["rows"] for fault in row["wrong"]} <= {"dimage", "dkey", "dvalue"}
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| former2conv |")]
+    assert len(rows) == 2 and all("RED, no speed" in line for line in rows)
+
+
+def test_scores_are_not_judged_by_the_scale_of_the_image_beside_them(tmp_path, monkeypatch):
+    """An error of 2^-5 of a score is near bf16's steps at the image's largest values, and far above a score's."""
+
+    def wrong(image, text, **options):
+        out = score_map.score_map_reference(image, text, concat=True)
+        return torch.cat([out[:, :128], out[:, 128:] * (1 + 2**-5)], 1)
+
+    monkeypatch.setattr(score_map, "score_map", wrong)
+    code, found = run("score_map", tmp_path / "found.json", "--dtypes", "bfloat16")
+    assert code == 1 and any(fault.startswith("score:") for row in found["rows"] for fault in row["wrong"])
+
+
+def test_a_wrong_peer_has_no_speed_and_excuses_nobody(tmp_path, monkeypatch):
+    true = former2conv.former2conv
+    monkeypatch.setattr(former2conv, "former2conv", lambda *a, **k: true(*a, **k) * 1.001)
+    monkeypatch.setattr(
+        former2conv.Former2Conv,
+        "eager",
+        lambda self, shape, image, key, value: 1.1 * image + 0 * key.sum() + value.sum(),
+    )
+    assert run("former2conv", tmp_path / "found.json")[0] == 1
+    monkeypatch.setattr(former2conv, "former2conv", true)
+    code, found = run("former2conv", tmp_path / "found.json")
+    assert code == 0
+    assert all("wrong result" in row["not"]["eager"] and "eager" not in row["forward"] for row in found["rows"])
+
+
+def test_a_kernel_that_cannot_run_is_no_error_but_said(tmp_path):
+    code, found = run("former2conv", tmp_path / "found.json", "--backend", "triton")
+    assert code == 0
+    for row in found["rows"]:
+        assert "it runs on cuda" in row["not"]["fusekern"] and row["ratio"]["forward"] == {}
+        assert set(row["forward"]) == {"reference", "eager"}
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    out = tmp_path / "found.json"
+    monkeypatch.setattr(report, "source", lambda: "these")
+    code, found = run("former2conv", out, "--seconds", "0")
+    assert code == common.STOPPED and found["rows"] == [] and found["complete"] is False
+    assert run("former2conv", out, "--layouts", "NCHW")[0] == 0
+    first = json.loads(out.read_text())["rows"]
+    code, found = run("former2conv", out, "--resume")
+    assert code == 0 and [row["layout"] for row in found["rows"]] == ["NCHW", "channels_last"]
+    assert found["rows"][0]["forward"] == first[0]["forward"] and found["command"].count("python -m") == 2
+    assert report.kept(out, "cpu") == found
+    out.write_text(json.dumps({**found, "rows": [{**found["rows"][0], "wrong": ["out: off"]}, found["rows"][1]]}))
+    assert report.kept(out, "cpu")["rows"] == found["rows"][1:]
+    for changed in ({"source": "other"}, {"device": "other"}):
+        out.write_text(json.dumps({**found, **changed}))
+        assert report.kept(out, "cpu") is None
+
+
+def test_a_fingerprint_of_sources_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "setup.py").write_text("one")
+    first = report.source()
+    (tmp_path / "bench" / "results" / "found.json").write_text("{}")
+    assert report.source() == first
+    (tmp_path / "setup.py").write_text("two")
+    second = report.source()
+    (tmp_path / "bench" / "new.py").write_text("")
+    assert len({first, second, report.source()}) == 3
+    assert report.commit() == "unknown"
+    monkeypatch.setenv("FUSEKERN_COMMIT", "abc")
+    assert report.commit() == "abc"
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+def test_flops_are_those_of_the_products_that_the_reference_makes(case):
+    shape = Shape(2, 128, 9, 5)
+    leaves = [tensor.double().requires_grad_() for tensor in make(case, shape, torch.float32, "cpu").values()]
+    with FlopCounterMode(display=False) as forward:
+        out = case.reference(shape, *leaves)
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert case.flops(shape) == (forward.get_total_flops(), backward.get_total_flops())
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+def test_least_traffic_is_every_input_and_output_once(case):
+    shape = Shape(2, 128, 9, 5)
+    tensors = make(case, shape, torch.float32, "cpu")
+    inputs = sum(tensor.numel() for tensor in tensors.values())
+    out = case.reference(shape, *tensors.values()).numel()
+    bias = tensors["bias"].numel() if "bias" in tensors else 0  # no gradient depends on it
+    assert case.elements(shape) == (inputs + out, out + inputs - bias + inputs)
+
+
+def test_costs_by_hand():
+    assert former2conv.CASES[0].flops(Shape(1, 64, 2, 3)) == (4 * 4 * 3 * 64, 8 * 4 * 3 * 64)
+    # 5x5 has one 3x3 patch: 36 covered values of 100, 144 weights, 4 biases, 4 results.
+    assert downsample.CASES[0].flops(Shape(1, 4, 5)) == (2 * 144, 4 * 144)
+    assert downsample.CASES[0].elements(Shape(1, 4, 5)) == (36 + 144 + 4 + 4, 4 + 36 + 144 + 100 + 144 + 4)
+
+
+def test_floors_come_from_the_rates_measured():
+    ceilings = Ceilings("cpu", {1000: 100.0, 4000: 10.0}, {"float32": 50.0})
+    assert [ceilings.copy_rate(moved) for moved in (10, 1000, 3999, 4000, 9000)] == [100, 100, 100, 10, 10]
+    assert ceilings.floor(500, 900, "float32") == (10.0, "compute")
+    assert ceilings.floor(500, 5000, "float32") == (500.0, "memory")
+    ceilings.include(Ceilings("cpu", {4000: 7.0, 9: 8.0}, {"float32": 90.0}).as_json())
+    assert ceilings.copy == {1000: 100.0, 4000: 10.0, 9: 8.0} and ceilings.gemm == {"float32": 90.0}
+    ceilings.measure([torch.float32], 0.02, quick=True)
+    assert ceilings.gemm["float32"] > 1e8 and ceilings.copy[2**20] > 1e8
+    assert ceilings.copy[1000] == 100.0
+
+
+def test_shares_are_of_the_best_that_was_seen(tmp_path, monkeypatch):
+    class Waking(Ceilings):
+        """Twice as fast each time one looks."""
+
+        def measure(self, *_):
+            self.gemm = {"float32": 2 * self.gemm.get("float32", 1e9)}
+            self.copy = {1: 2 * self.copy.get(1, 1e9)}
+
+    monkeypatch.setattr(common, "Ceilings", Waking)
+    _, found = run("former2conv", tmp_path / "found.json", "--shapes", "1,64,4,2", "1,64,6,2")
+    assert found["ceilings"]["gemm_flop_per_s"]["float32"] == 4 * found["ceilings_before"]["gemm_flop_per_s"]["float32"]
+    for row in found["rows"]:
+        work = row["roofline"]["forward"]
+        assert work["floor_s"] == pytest.approx(max(work["flops"], work["bytes"]) / 8e9, rel=1e-3)
+
+
+def test_graphs_are_compared_to_graphs():
+    times = {"fusekern": 2.0, "fusekern, graphed": 1.0, "eager": 6.0, "eager, graphed": 4.0}
+    times["compile-reduce-overhead"] = 3.0
+    found = {name: {"median_s": seconds, "best_s": seconds} for name, seconds in times.items()}
+    row = {"shape": "1,64,2,3", "dtype": "float32", "forward": found, "forward_backward": found}
+    ceilings = Ceilings("cuda", {1: 1e9}, {"float32": 1e9})
+    common.compare(former2conv.CASES[0], row, ceilings)
+    assert row["ratio"]["forward"] == {"eager": 3.0, "eager, graphed": 4.0, "compile-reduce-overhead": 3.0}
+    flops, moved = row["roofline"]["forward_backward"]["flops"], row["roofline"]["forward_backward"]["bytes"]
+    assert (flops, moved) == (12 * 4 * 3 * 64, 4 * (2 * 256 + 2 * 192 + 3 * 256 + 4 * 192))
+
+
+def test_timing_tells_slow_from_fast():
+    slow, fast = Burst(lambda: time.sleep(0.004)), Burst(lambda: (time.sleep(0.001), time.sleep(0.001)), calls=2)
+    found = interleaved({"slow": slow, "fast": fast}, "cpu", 0.05)
+    assert 0.001 <= found["fast"]["best_s"] < 0.004 <= found["slow"]["best_s"]
+    assert rotation("cpu", 10) == 1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+def test_engines_compute_the_same(engine, case):
+    pytest.importorskip("onnx")
+    pytest.importorskip(engine)
+    for size, layout in ((9, "channels_last"), (10, "channels_last"), (10, "NCHW")):
+        shape = Shape(2, 128, size, 5)
+        tensors = {name: lay_out(tensor, layout) for name, tensor in make(case, shape, torch.float32, "cpu").items()}
+        call = peers.build(engine, case, shape, tensors, layout == "channels_last", "reference").call
+        expected = case.reference(shape, *tensors.values())
+        torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    tensors = make(former2conv.CASES[0], Shape(1, 64, 3, 2), torch.float32, "cpu")
+    with pytest.raises(peers.Unavailable, match="onnx is not installed"):
+        peers.build("openvino", former2conv.CASES[0], Shape(1, 64, 3, 2), tensors, True, "reference")
+
+
+def test_numerics_tell_errors_and_break_on_a_wrong_kernel(tmp_path, monkeypatch, capsys):
+    options = ["--quick", "--backends", "reference", "--dtypes", "float32", "--out", str(tmp_path / "found.json")]
+    assert numerics.main(options) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {row["op"] for row in found["rows"]} == set(MODULES)
+    assert {row["tensor"] for row in found["rows"] if row["op"] == "downsample"} == {
+        "out",
+        "dimage",
+        "dweight",
+        "dbias",
+    }
+    assert all(0 <= row["relative_l2"] <= row["peer_relative_l2"] < 1e-5 for row in found["rows"])
+    monkeypatch.setattr(conv2former, "conv2former", WRONG["values"](conv2former.conv2former))
+    assert numerics.main(options) == 1
+    assert "| conv2former | float32 | reference | out | RED" in capsys.readouterr().out
+
+
+def test_a_picture_of_each_kind(tmp_path):
+    plots = pytest.importorskip("bench.plots", exc_type=ImportError)
+    _, found = run("conv2former", tmp_path / "found.json")
+    found["rows"].append({**found["rows"][0], "wrong": ["out: off"]})
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    drawn = plots.draw(tmp_path / "found.json", tmp_path / "pictures")
+    stems = ["conv2former-cpu-float32", "conv2former-chain-cpu-float32"]
+    assert [path.stem for path in drawn] == [f"{stem}-{kind}" for stem in stems for kind in ("time", "roofline")]
+    for path in drawn:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+def stage(name: str, code: str, **options) -> gpu_check.Stage:
+    return gpu_check.Stage(name, (("python", "-c", code),), **{"limit": 60, **options})
+
+
+def test_stages_run_once_and_a_red_one_stops_nobody(tmp_path):
+    mark = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
+    chosen = [
+        stage("red", "raise SystemExit(1)"),
+        stage("green", mark),
+        stage("always", mark, always=True),
+        stage("absent", mark, missing="no such tool"),
+        stage("rows left", f"raise SystemExit({common.STOPPED})"),
+        stage("no such device", "print('Device not supported'); raise SystemExit(1)"),
+    ]
+    states = ["red", "green", "green", "skipped", "not done", "skipped"]
+    verdicts = gpu_check.run_all(chosen, tmp_path, 100, "sources")
+    assert [verdict["state"] for verdict in verdicts] == states
+    assert gpu_check.exit_code(verdicts) == 1 and gpu_check.exit_code(verdicts[1:]) == common.STOPPED
+    assert gpu_check.exit_code(verdicts[1:4]) == 0
+    assert (tmp_path / "ran").read_text() == "xx"
+    again = gpu_check.run_all(chosen, tmp_path, 100, "sources")
+    assert [verdict["state"] for verdict in again] == states and again[1]["reason"] == "done before"
+    assert (tmp_path / "ran").read_text() == "xxx"  # only the one that runs always
+    gpu_check.run_all(chosen[1:2], tmp_path, 100, "other sources")
+    assert (tmp_path / "ran").read_text() == "xxxx"
+    kept = json.loads((tmp_path / "stages" / "red.json").read_text())
+    assert kept["state"] == "red" and kept["commands"] == ["python -c 'raise SystemExit(1)'"] and kept["device"]
+
+
+def test_a_stage_ends_in_time_with_all_that_it_started(tmp_path):
+    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    child += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
+    start = time.perf_counter()
+    first, second = gpu_check.run_all([stage("long", child, limit=3), stage("next", "")], tmp_path, 14, "sources")
+    assert first["state"] == "not done" and time.perf_counter() - start < 14
+    assert second["state"] in ("green", "not done")
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.perf_counter() + 10
+    while _alive(pid) and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+    (last,) = gpu_check.run_all([stage("late", "")], tmp_path, 5, "sources")
+    assert (last["state"], last["reason"]) == ("not done", "no time left")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_benchmark_is_told_the_time_it_has(tmp_path):
+    chosen = gpu_check.Stage(
+        "told", (("python", "-c", "import sys; print(sys.argv[1:])", "{seconds}"),), 50, wrap_up=20
+    )
+    gpu_check.run_all([chosen], tmp_path, 40, "sources")
+    told = int((tmp_path / "stages" / "told.log").read_text().splitlines()[-1].strip("[]'"))
+    assert 15 <= told <= 20
+
+
+def test_gpu_check_lists_its_stages(capsys, monkeypatch):
+    assert gpu_check.main(["--dry-run"]) == 0
+    text = capsys.readouterr().out
+    names = [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")]
+    assert names[:7] == ["environment", "build", "kernels", "tests", "memcheck", "racecheck", "numerics"]
+    assert names[7:] == [f"{op}-{kind}" for kind in ("headline", "rest", "compile") for op in gpu_check.OPS]
+    assert "--no-build-isolation --no-deps" in text and str(report.ROOT) not in text
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name in ("open_clip", "xdist") else object())
+    gpu_check.main(["--dry-run", "--stage", "tests"])
+    lean = capsys.readouterr().out
+    assert "--ignore=tests/engine" in lean and "-n " not in lean and "--ignore=tests/ops" not in lean
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--stage", "no-such-stage"])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_commands_of_the_stages_parse(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for stage in gpu_check.stages(tmp_path):
+        for command in stage.commands:
+            if command[2] == f"bench.{module}":
+                words = [word.replace("{seconds}", "5") for word in command[3:]]
+                options = common.parse(MODULES[module].CASES, words)
+                assert list(common.plan(MODULES[module].CASES, options)) and options.resume
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_check_without_a_gpu_says_so(capsys):
+    assert gpu_check.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_what_the_memory_checker_runs():
+    gpu_check.exercise("cpu", "reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("op", MODULES)
+def test_on_the_device(op, tmp_path):
+    options = ["--device", "cuda", "--backend", "triton", "--dtypes", "bfloat16", "--out", str(tmp_path / "found.json")]
+    code = common.main(MODULES[op].CASES, [*TINY, *options])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert code == 0 and found["driver"] and found["versions"]["cuda"]
+    for row in found["rows"]:
+        assert {"fusekern", "fusekern, graphed", "reference, graphed"} <= set(row["forward"])
+        assert {"fusekern", "fusekern, graphed", "reference, graphed"} <= set(row["forward_backward"])
+        assert row["input_sets"] > 1 and row["memory"]["fusekern"]["peak_bytes"] > 0
