@@ -91,8 +91,17 @@ def run(data: Path, out: Path, chosen: list[str], seeds: list[int], steps: int, 
 
 def report(data: Path, out: Path, chosen: list[str], seeds: list[int]) -> None:
     """Collects the runs into ``bench/results/NAME.json``, prints the tables, draws curves and label maps."""
-    results = {arm: [_result(folder_of(out, arm, seed)) for seed in seeds] for arm in chosen}
+    known = _known(RESULTS / f"{out.name}.json")
+    results = {arm: [_result(folder_of(out, arm, seed)) or known.get((arm, seed)) for seed in seeds] for arm in chosen}
+    missing = [
+        str(folder_of(out, arm, seed)) for arm in chosen for seed in seeds if not results[arm][seeds.index(seed)]
+    ]
+    if missing:
+        raise SystemExit(f"not run yet, and in no earlier report: {', '.join(missing)}")
     first = results[chosen[0]][0]
+    lengths = {run["steps"] for runs in results.values() for run in runs}
+    if len(lengths) > 1:
+        raise SystemExit(f"{out}: these runs have different numbers of steps, {sorted(lengths)}: they do not compare")
     summary = {
         **json.loads((out / "run.json").read_text()),
         "device": f"{platform.machine()} CPU, 1 thread a run",
@@ -116,11 +125,26 @@ def report(data: Path, out: Path, chosen: list[str], seeds: list[int]) -> None:
         series = {arm: [(step, statistics.mean(values)) for step, values in curve] for arm, curve in curves.items()}
         spread = {arm: [(min(values), max(values)) for _, values in curve] for arm, curve in curves.items()}
         viz.curves_png(series, "step", label, PICTURES / f"{out.name}-{key}.png", spread)
-    _draw_labels(data, out, chosen, seeds[0])
+    if all(folder_of(out, arm, seeds[0]).exists() for arm in chosen):
+        _draw_labels(data, out, chosen, seeds[0])
 
 
-def _result(folder: Path) -> dict:
-    """One run's final score and curves, in [0, 1]."""
+def _known(path: Path) -> dict[tuple[str, int], dict]:
+    """The runs of an earlier report, by arm and seed: a folder that is gone need not be trained again."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    return {
+        (arm, seed): run
+        for arm, of in earlier["arms"].items()
+        for seed, run in zip(earlier["seeds"], of["runs"], strict=True)
+    }
+
+
+def _result(folder: Path) -> dict | None:
+    """One run's final score in [0, 1] and curves; none where there is no such run."""
+    if not (folder / "eval" / "results.json").exists():
+        return None
     final = json.loads((folder / "eval" / "results.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {

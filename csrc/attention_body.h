@@ -16,9 +16,14 @@
 
 namespace fusekern::FUSEKERN_ISA::attention {
 
-constexpr int MR = W == 16 ? 16 : 12;  // rows of a register tile: with the operands they fill the registers
-constexpr int PB = 4 * W;              // pixels of a block
-constexpr int LD = PB + W;             // length of a row of scores; the gap spreads rows over the cache's sets
+// Register tiles have up to MR rows of NV vectors and fill the registers. AVX-512 reads one operand of a multiplication
+// from memory for nothing; without it, each row read must serve two vectors.
+constexpr int MR = W == 16 ? 16 : 6;
+constexpr int NV = W == 16 ? 1 : 2;
+constexpr int MW = W == 16 ? 16 : 4;  // rows where their number must divide W
+
+constexpr int PB = 4 * W;   // pixels of a block
+constexpr int LD = PB + W;  // length of a row of scores; the gap spreads rows over the cache's sets
 
 constexpr float LOG2E = 0x1.715476p0f;
 constexpr float LEAST = -0x1.fffffep127f;
@@ -81,42 +86,79 @@ FUSEKERN_INLINE float unit(Address value) {
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// c[m] = sum over units k < count of a[k step + m AM] b(k), a vector for each of M rows, each given to done(m, c[m]).
-template <class A, int M, int AM, class B, class Done>
+// c[m][i] = sum over units k < count of a[k step + m AM] b(k, i): M rows of N vectors, each given to done(m, i, c[m][i]).
+template <class A, int M, int N, int AM, class B, class Done>
 FUSEKERN_INLINE void tile(const float* a, int64_t step, int64_t count, B b, Done done) {
-  V c[M];
+  constexpr int CHAINS = M * N <= 2 ? 4 : M * N <= 4 ? 2 : 1;  // several sums each, or additions wait for each other
+  V c[CHAINS][M][N];
+  const auto add = [&](int chain, int64_t k) __attribute__((always_inline)) {
+    V x[N];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) x[i] = b(k, i);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) c[m] = zero();
-  for (int64_t k = 0; k < count; ++k, a += step) {
-    const V x = b(k);
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int i = 0; i < N; ++i) c[chain][m][i] = A::multiply_add(a + m * AM, x[i], c[chain][m][i]);
+    a += step;
+  };
+#pragma GCC unroll 4
+  for (int chain = 0; chain < CHAINS; ++chain)
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) c[m] = A::multiply_add(a + m * AM, x, c[m]);
-  }
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int i = 0; i < N; ++i) c[chain][m][i] = zero();
+  int64_t k = 0;
+  for (; k + CHAINS <= count; k += CHAINS)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < CHAINS; ++chain) add(chain, k + chain);
+  if (CHAINS > 1)
+    for (; k < count; ++k) add(0, k);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) done(m, c[m]);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+      for (int chain = 1; chain < CHAINS; ++chain) c[0][m][i] = c[0][m][i] + c[chain][m][i];
+      done(m, i, c[0][m][i]);
+    }
 }
 
 // The same for a number of rows, at most M, that is known at run time.
-template <class A, int AM, int M = MR, class B, class Done>
+template <class A, int N, int AM, int M = MR, class B, class Done>
 FUSEKERN_INLINE void tile_of(int64_t rows, const float* a, int64_t step, int64_t count, B b, Done done) {
   if constexpr (M > 1) {
-    if (rows < M) return tile_of<A, AM, M - 1>(rows, a, step, count, b, done);
+    if (rows < M) return tile_of<A, N, AM, M - 1>(rows, a, step, count, b, done);
   }
-  tile<A, M, AM>(a, step, count, b, done);
+  tile<A, M, N, AM>(a, step, count, b, done);
 }
 
-// W rows whose sums may be long: terms are added up in spans first, which keeps rounding errors small.
-template <class A, class B, class Done>
+// MW rows whose sums may be long: terms are added up in spans first, which keeps rounding errors small.
+template <class A, int N, class B, class Done>
 FUSEKERN_INLINE void long_tile(const float* a, int64_t step, int64_t count, B b, Done done) {
   constexpr int64_t SPAN = 256;
-  if (count <= SPAN) return tile<A, W, 1>(a, step, count, b, done);
-  V sums[W];
-  for (int m = 0; m < W; ++m) sums[m] = zero();
+  if (count <= SPAN) return tile<A, MW, N, 1>(a, step, count, b, done);
+  V sums[MW][N];
+  for (int m = 0; m < MW; ++m)
+    for (int i = 0; i < N; ++i) sums[m][i] = zero();
   for (int64_t k = 0; k < count; k += SPAN)
-    tile<A, W, 1>(
-        a + k * step, step, count - k < SPAN ? count - k : SPAN, [=](int64_t i) { return b(k + i); },
-        [&](int m, V x) { sums[m] = sums[m] + x; });
-  for (int m = 0; m < W; ++m) done(m, sums[m]);
+    tile<A, MW, N, 1>(
+        a + k * step, step, count - k < SPAN ? count - k : SPAN, [=](int64_t l, int i) { return b(k + l, i); },
+        [&](int m, int i, V x) { sums[m][i] = sums[m][i] + x; });
+  for (int m = 0; m < MW; ++m)
+    for (int i = 0; i < N; ++i) done(m, i, sums[m][i]);
+}
+
+// Calls f(i, N) for vectors i to i + N - 1 of `count`; N, NV or a last 1, is known at compile time.
+template <int N>
+struct Vectors {
+  static constexpr int COUNT = N;
+};
+
+template <class F>
+FUSEKERN_INLINE void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + NV <= count; i += NV) f(i, Vectors<NV>());
+  if (NV > 1 && i < count) f(i, Vectors<1>());
 }
 
 // K tokens in runs of at most MR, as even as they go: a run of few would leave the pipelines waiting.
@@ -136,18 +178,21 @@ static void score(const float* tall, const float* columns, int64_t K, int64_t d,
     for (int j = 0; j < vectors; ++j) most[j] = set1(LEAST);
   for (int64_t run = 0; run < runs.count; ++run) {
     const int64_t begin = runs.begin(run), size = runs.begin(run + 1) - begin;
-    for (int j = 0; j < vectors; ++j) {
+    for_vectors(vectors, [&](int64_t j, auto N) {
       float* to = scores + begin * LD + j * W;
-      V top = MOST ? most[j] : zero();
-      tile_of<A, 1>(
-          size, tall + begin * units<A>(d), size, units<A>(d), [=](int64_t c) { return load(columns + c * PB + j * W); },
-          [&](int m, V x) {
+      V top[N.COUNT];
+      for (int i = 0; i < N.COUNT; ++i) top[i] = MOST ? most[j + i] : zero();
+      tile_of<A, N.COUNT, 1>(
+          size, tall + begin * units<A>(d), size, units<A>(d),
+          [=](int64_t c, int i) { return load(columns + c * PB + (j + i) * W); },
+          [&](int m, int i, V x) {
             x = x * set1(factor);
-            store(to + m * LD, x);
-            if (MOST) top = max(x, top);
+            store(to + m * LD + i * W, x);
+            if (MOST) top[i] = max(x, top[i]);
           });
-      if (MOST) most[j] = top;
-    }
+      if (MOST)
+        for (int i = 0; i < N.COUNT; ++i) most[j + i] = top[i];
+    });
   }
 }
 
@@ -158,17 +203,18 @@ static void gather(const float* scores, const Row* const* rows, int64_t K, int64
                    const float* decay, float* sums) {
   const Runs runs(K);
   const int64_t length = W * panels(d);
-  for (int64_t c = 0; c < d; c += W)
+  for_vectors(panels(d), [&](int64_t j, auto N) {
     for (int64_t run = 0; run < runs.count; ++run) {
       const int64_t begin = runs.begin(run), size = runs.begin(run + 1) - begin;
-      float* to = sums + begin * length + c;
-      tile_of<A, LD>(
-          size, scores + begin * LD, 1, count, [=](int64_t n) { return load(rows[n] + c); },
-          [=](int m, V x) {
-            float* sum = to + m * length;
+      float* to = sums + begin * length + j * W;
+      tile_of<A, N.COUNT, LD>(
+          size, scores + begin * LD, 1, count, [=](int64_t n, int i) { return load(rows[n] + (j + i) * W); },
+          [=](int m, int i, V x) {
+            float* sum = to + m * length + i * W;
             store(sum, fma(set1(decay ? decay[begin + m] : 1.f), load(sum), x));
           });
     }
+  });
 }
 
 // ---- pixels ------------------------------------------------------------------------------------------------------
@@ -184,6 +230,11 @@ struct Block {
 
   Block(const Map& map, int64_t width, int64_t b, int64_t channel0, int64_t pixel0, int pixels)
       : base(static_cast<T*>(map.data) + b * map.batch + channel0 * map.channel), channel(map.channel), pixels(pixels) {
+    if (map.row == width * map.column) {  // as if there were but one row
+      for (int n = 0; n < PB; ++n) offset[n] = (pixel0 + n) * map.column;
+      for (int j = 0; j < 4; ++j) lined[j] = map.column == 1;
+      return;
+    }
     int64_t h = pixel0 / width, w = pixel0 % width;
     for (int n = 0; n < pixels; ++n) {
       offset[n] = h * map.row + w * map.column;
@@ -282,37 +333,47 @@ static const auto* const* to_pixel_units(const T** rows, int pixels, int64_t d, 
 template <class A, bool RESIDUAL, class T>
 static void spread(const float* joined, const float* wide, int64_t count, int64_t d, const float* factor,
                    const T* const* rows, const float* columns, const Block<T>& to) {
+  const int pixels = to.pixels;
   if (to.channel == 1) {
-    for (int n = 0; n < to.pixels; n += W)
-      for (int64_t c = 0; c < d; c += W) {
-        const float* panel = wide + c * count;
-        const Lanes lanes = first(d - c);
-        long_tile<A>(
-            joined + n, LD, count, [=](int64_t k) { return load(panel + k * W); },
-            [&](int m, V x) {
-              if (n + m >= to.pixels) return;
+    for (int n = 0; n < pixels; n += MW)
+      for_vectors(panels(d), [&](int64_t j, auto N) {
+        const float* panel = wide + j * W * count;
+        Lanes lanes[N.COUNT];
+        for (int i = 0; i < N.COUNT; ++i) lanes[i] = first(d - (j + i) * W);
+        long_tile<A, N.COUNT>(
+            joined + n, LD, count, [=](int64_t k, int i) { return load(panel + (i * count + k) * W); },
+            [&](int m, int i, V x) {
+              if (n + m >= pixels) return;
+              const int64_t c = (j + i) * W;
               const V y = RESIDUAL ? fma(x, set1(factor[n + m]), load(rows[n + m] + c)) : x;
-              A::put(to.at(n + m, c), y, lanes);
+              A::put(to.at(n + m, c), y, lanes[i]);
             });
-      }
+      });
     return;
   }
-  for (int64_t c = 0; c < d; c += W)
-    for (int j = 0; j < to.vectors(); ++j) {
-      const V factors = RESIDUAL ? load(factor + j * W) : zero();
-      const int pixels = to.pixels_of(j);
-      const Lanes lanes = first(pixels);
-      long_tile<A>(
-          wide + c * count, W, count, [=](int64_t k) { return load(joined + k * LD + j * W); },
-          [&](int m, V x) {
+  for (int64_t c = 0; c < d; c += MW)
+    for_vectors(to.vectors(), [&](int64_t j, auto N) {
+      Lanes lanes[N.COUNT];
+      V factors[N.COUNT];
+      bool lined[N.COUNT];
+      for (int i = 0; i < N.COUNT; ++i) {
+        lanes[i] = first(pixels - (j + i) * W);
+        factors[i] = RESIDUAL ? load(factor + (j + i) * W) : zero();
+        lined[i] = to.lined[j + i];
+      }
+      long_tile<A, N.COUNT>(
+          wide + c / W * W * count + c % W, W, count,
+          [=](int64_t k, int i) { return load(joined + k * LD + (j + i) * W); },
+          [&](int m, int i, V x) {
             if (c + m >= d) return;
-            const V y = RESIDUAL ? fma(x, factors, A::column(columns + j * W, c + m)) : x;
-            if (to.lined[j]) return A::put(to.at(j * W, c + m), y, lanes);
+            const int64_t n = (j + i) * W;
+            const V y = RESIDUAL ? fma(x, factors[i], A::column(columns + units<A>(c) * PB + n, m)) : x;
+            if (lined[i]) return A::put(to.at(n, c + m), y, lanes[i]);
             float values[W];
             store(values, y);
-            for (int n = 0; n < pixels; ++n) put(to.at(j * W + n, c + m), values[n]);
+            for (int l = 0; l < W && n + l < pixels; ++l) put(to.at(n + l, c + m), values[l]);
           });
-    }
+    });
 }
 
 // ---- tokens ------------------------------------------------------------------------------------------------------
@@ -344,34 +405,71 @@ static int64_t wide_floats(int64_t K, int64_t d) {
 
 static inline int64_t sums_floats(int64_t K, int64_t d) { return W * panels(d) * K; }
 
+// Units u to u + W - 1 of channels of token k, zero beyond d.
+template <class A, class T>
+static V channel_units(const Head<T>& from, int64_t k, int64_t u, int64_t d) {
+  const Lanes lanes = first(units<A>(d) - u);
+  if (from.channel == 1 && d % A::PER == 0) {
+    if constexpr (A::PER == 1)
+      return load(from.at(k, u), lanes);
+    else
+      return load(reinterpret_cast<const float*>(from.at(k, 0)) + u, lanes);
+  }
+  float values[W];
+  for (int m = 0; m < W; ++m)
+    values[m] = unit<A>([&](int i) { return (u + m) * A::PER + i < d ? from.at(k, (u + m) * A::PER + i) : nullptr; });
+  return load(values);
+}
+
 // Tokens begin to end - 1.
 template <class A, class T>
 static void to_tall(const Head<T>& from, int64_t begin, int64_t end, int64_t d, float* tall) {
   const Runs runs(end - begin);
-  for (int64_t run = 0; run < runs.count; ++run)
-    for (int64_t c = 0; c < d; c += A::PER)
-      for (int64_t k = begin + runs.begin(run); k < begin + runs.begin(run + 1); ++k)
-        *tall++ = unit<A>([&](int i) { return c + i < d ? from.at(k, c + i) : nullptr; });
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const int64_t first_token = runs.begin(run), size = runs.begin(run + 1) - first_token;
+    float* to = tall + first_token * units<A>(d);
+    for (int64_t k = 0; k < size; k += W)
+      for (int64_t u = 0; u < units<A>(d); u += W) {
+        V x[W];
+        for (int m = 0; m < W; ++m)
+          x[m] = k + m < size ? channel_units<A>(from, begin + first_token + k + m, u, d) : zero();
+        transpose(x);
+        for (int m = 0; m < W && u + m < units<A>(d); ++m) store(to + (u + m) * size + k, x[m], first(size - k));
+      }
+  }
 }
 
 // All tokens; `pitch` units to a panel, of which these are the first.
 template <class A, class T>
 static void to_wide(const Head<T>& from, int64_t K, int64_t d, int64_t pitch, float* wide) {
   for (int64_t c = 0; c < d; c += W)
-    for (int64_t k = 0; k < K; k += A::PER)
-      for (int m = 0; m < W; ++m)
-        wide[c * pitch + k / A::PER * W + m] =
-            unit<A>([&](int i) { return k + i < K && c + m < d ? from.at(k + i, c + m) : nullptr; });
+    for (int64_t k = 0; k < K; k += A::PER) {
+      V x = channel_units<Single>(from, k, c, d);
+      if constexpr (A::PER == 2) {
+        const V next = k + 1 < K ? channel_units<Single>(from, k + 1, c, d) : zero();
+        x = (V)((Bits)x >> 16 | (Bits)next);
+      }
+      store(wide + c * pitch + k / A::PER * W, x);
+    }
+}
+
+// to[k][c] to to[k][c + W - 1], as far as d goes, become x.
+template <class T>
+static void store_channels(const Head<T>& to, int64_t k, int64_t c, int64_t d, V x) {
+  if (to.channel == 1) return store(to.at(k, c), x, first(d - c));
+  float values[W];
+  store(values, x);
+  for (int m = 0; m < W && c + m < d; ++m) put(to.at(k, c + m), values[m]);
 }
 
 // to[k][c] = sum over parts of from[part][k][c], each part [K][W panels(d)] and `step` floats after the one before.
 template <class T>
 static void add_up(const float* from, int64_t parts, int64_t step, int64_t K, int64_t d, const Head<T>& to) {
   for (int64_t k = 0; k < K; ++k)
-    for (int64_t c = 0; c < d; ++c) {
-      float sum = 0.f;
-      for (int64_t part = 0; part < parts; ++part) sum += from[part * step + k * W * panels(d) + c];
-      put(to.at(k, c), sum);
+    for (int64_t c = 0; c < d; c += W) {
+      V sum = zero();
+      for (int64_t part = 0; part < parts; ++part) sum = sum + load(from + part * step + k * W * panels(d) + c);
+      store_channels(to, k, c, d, sum);
     }
 }
 

@@ -87,7 +87,8 @@ static void forward(const Conv2former& op, float* scratch, int64_t begin, int64_
     }
     for (int64_t k = 0; k < K; ++k) {
       const float total = sum(load(state.total + k * W)), factor = 1.f / total;
-      for (int64_t i = 0; i < d; ++i) put(out.at(first_query + k, i), sums[k * length + i] * factor);
+      for (int64_t i = 0; i < d; i += W)
+        store_channels(out, first_query + k, i, d, load(sums + k * length + i) * set1(factor));
       op.lse[head * size.K + first_query + k] = state.most[k] + __builtin_log2f(total);
     }
   }
@@ -117,8 +118,10 @@ static void pack(const Conv2former& op, int64_t begin, int64_t end) {
     to_wide<A>(grad, K, d, pitch, to.wide);
     to_wide<A>(query, K, d, pitch, to.wide + units<A>(K) * W);
     for (int64_t k = 0; k < K; ++k) {
-      to.dot[k] = 0.f;
-      for (int64_t c = 0; c < d; ++c) to.dot[k] += get(grad.at(k, c)) * get(out.at(k, c));
+      V products = zero();
+      for (int64_t c = 0; c < d; c += W)
+        products = fma(channel_units<Single>(grad, k, c, d), channel_units<Single>(out, k, c, d), products);
+      to.dot[k] = sum(products);
     }
   }
 }

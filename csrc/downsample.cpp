@@ -63,7 +63,7 @@ Tensor rows_of(const Tensor& weight) {
 template <class... Arguments>
 void call_out(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the result, which is the last argument
 }
 
@@ -132,7 +132,7 @@ Tensor convolve(const Tensor& image, const Tensor& weight, const std::optional<T
   const std::vector<int64_t> strides{3, 3}, none{0, 0}, ones{1, 1};
   std::array<StableIValue, 7> stack{from(image), from(weight), from(bias), from(strides), from(none), from(ones),
                                     from(int64_t{1})};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

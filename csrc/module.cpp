@@ -1,4 +1,7 @@
 // fusekern._C: what this build is. The ops register themselves, as torch.ops.fusekern_cpp, when the module is loaded.
+constexpr unsigned long long OLDEST = TORCH_TARGET_VERSION;
+#undef TORCH_TARGET_VERSION  // torch 2.11's copy of pybind11 refuses it, though nothing here is of the stable ABI
+
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
@@ -9,7 +12,6 @@
 namespace {
 
 pybind11::dict build_info() {
-  const unsigned long long oldest = TORCH_TARGET_VERSION;
   pybind11::list isas;
 #if defined(__x86_64__)
   for (const auto isa : {fusekern::Isa::baseline, fusekern::Isa::avx2, fusekern::Isa::avx512})
@@ -19,7 +21,7 @@ pybind11::dict build_info() {
 #endif
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
-  info["torch_at_least"] = std::to_string(oldest >> 56) + "." + std::to_string(oldest >> 48 & 255);
+  info["torch_at_least"] = std::to_string(OLDEST >> 56) + "." + std::to_string(OLDEST >> 48 & 255);
   info["python"] = PY_VERSION;
 #if defined(__clang__)
   info["compiler"] = __VERSION__;

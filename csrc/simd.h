@@ -191,6 +191,7 @@ FUSEKERN_INLINE V load(const float* p, Lanes lanes) {
 #elif FUSEKERN_WIDTH == 8
   return _mm256_maskload_ps(p, lanes.mask);
 #else
+  if (lanes.count == W) return load(p);
   V x = zero();
   for (int i = 0; i < lanes.count; ++i) x[i] = p[i];
   return x;
@@ -201,8 +202,10 @@ FUSEKERN_INLINE void store(float* p, V x, Lanes lanes) {
 #if FUSEKERN_WIDTH == 16
   _mm512_mask_storeu_ps(p, lanes.mask, x);
 #elif FUSEKERN_WIDTH == 8
+  if (lanes.count == W) return store(p, x);  // a masked store of all takes many times as long on AMD
   _mm256_maskstore_ps(p, lanes.mask, x);
 #else
+  if (lanes.count == W) return store(p, x);
   for (int i = 0; i < lanes.count; ++i) p[i] = x[i];
 #endif
 }
@@ -211,6 +214,7 @@ FUSEKERN_INLINE V load(const bf16* p, Lanes lanes) {
 #if FUSEKERN_WIDTH == 16
   return widen((Halves)_mm256_maskz_loadu_epi16(lanes.mask, p));
 #else
+  if (lanes.count == W) return load(p);
   Halves halves = {};
   for (int i = 0; i < lanes.count; ++i) halves[i] = p[i].bits;
   return widen(halves);
@@ -221,6 +225,7 @@ FUSEKERN_INLINE void store(bf16* p, V x, Lanes lanes) {
 #if FUSEKERN_WIDTH == 16
   _mm256_mask_storeu_epi16(p, lanes.mask, (__m256i)narrow(x));
 #else
+  if (lanes.count == W) return store(p, x);
   const Halves halves = narrow(x);
   for (int i = 0; i < lanes.count; ++i) p[i].bits = halves[i];
 #endif

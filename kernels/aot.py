@@ -57,6 +57,8 @@ class Case:
         signature: types of all arguments that are no constexpr: ``"*bf16"``, ``"i32"``, ``"i64"``, ``"fp32"``.
         constexprs: the others' values.
         divisible: arguments that Triton finds to be multiples of 16.
+        maxnreg: registers of a thread at most. Where it is not stated, ptxas may spill a few of them although there are
+            more, so that another program fits on a multiprocessor.
         archs: those on which a launcher can choose it, 10 times the compute capability.
     """
 
@@ -67,6 +69,7 @@ class Case:
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
     archs: tuple[int, ...] = ARCHS
 
 
@@ -120,8 +123,8 @@ def compile(case: Case, arch: int) -> Report:
         {(names.index(name),): value for name, value in case.constexprs.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
     ptx = built.asm["ptx"]
     return Report(
         **_resources(built.asm["cubin"]),

@@ -1,16 +1,26 @@
 """Former2Conv: ``out = image + softmax(scale image K^T) V`` per head, forward and backward.
 
-A program owns one head of one image and walks over tiles of pixels, while the tokens' keys and values stay on chip. Up
-to 160 tokens are one or two blocks and the softmax is exact in one pass; more tokens are a loop with a running maximum.
-The backward saves nothing: it computes the probabilities again.
+A program owns one head of one image and walks over tiles of pixels, while the tokens' keys and values stay on chip. Few
+tokens are one or two blocks, and the softmax is exact in one pass; many are a loop with a running maximum. The backward
+saves nothing, it computes the probabilities again: in one kernel for few tokens; for many, one kernel has a tile of
+pixels for dx and leaves behind lse and delta, with which another has a block of tokens for dK and dV. What several
+programs add up for dK and dV is summed by a kernel of its own, in a fixed order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from fusekern.kernels.aot import Case
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-CHANNELS_LAST, NCHW, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -25,14 +35,14 @@ def program(heads, programs):
 def pixel_offsets(i_t, W, s_c, s_h, s_w, BN: tl.constexpr, BD: tl.constexpr, LAYOUT: tl.constexpr):
     """Offsets of tile ``i_t`` within a head of an image, int64. [BN, BD]
 
-    ``s_w`` is the stride between pixels, except in STRIDED, where rows may lie anywhere.
+    ``s_w`` is the stride between pixels, unless they are "strided": then rows may lie anywhere.
     """
-    i_n = i_t.to(tl.int64) * BN
+    i_n = tl.cast(i_t, tl.int64) * BN
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
-    if LAYOUT == CHANNELS_LAST:
+    if LAYOUT == "channels_last":
         return (i_n + o_n)[:, None] * s_w + o_d[None, :]
-    elif LAYOUT == NCHW:
+    elif LAYOUT == "nchw":
         return i_n + (o_n[:, None] + o_d[None, :] * s_c)
     else:
         o_w = (i_n % W).to(tl.int32) + o_n
@@ -46,6 +56,20 @@ def token_offsets(i_k, K, s_k, D: tl.constexpr, BK: tl.constexpr, BD: tl.constex
     o_k = i_k + tl.arange(0, BK)
     o_d = tl.arange(0, BD)
     return o_k.to(tl.int64)[:, None] * s_k + o_d[None, :], (o_k < K)[:, None] & (o_d < D)[None, :]
+
+
+@triton.jit
+def dot_channels(b_x, b_kt, BC: tl.constexpr, PRECISION: tl.constexpr):
+    """x K^T over the head dimension, [BN, BD] and [BD, BK] to [BN, BK], in chunks of BC channels.
+
+    Without tensor cores a thread holds whole rows of a product's operands in registers; chunks make them short.
+    """
+    if b_x.shape[1] <= BC:
+        return tl.dot(b_x, b_kt, input_precision=PRECISION)
+    else:
+        b_x = tl.permute(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // BC, BC]), [1, 0, 2])
+        b_kt = tl.reshape(b_kt, [b_kt.shape[0] // BC, BC, b_kt.shape[1]])
+        return tl.sum(tl.dot(b_x, b_kt, input_precision=PRECISION), 0)
 
 
 @triton.jit(do_not_specialize=["K", "heads", "tiles", "programs"])
@@ -71,6 +95,7 @@ def former2conv_fwd_kernel(
     s_vk,
     s_ob,
     s_oc,
+    s_oh,
     s_ow,
     D: tl.constexpr,
     BN: tl.constexpr,
@@ -78,8 +103,9 @@ def former2conv_fwd_kernel(
     BK: tl.constexpr,
     BK2: tl.constexpr,
     LAYOUT: tl.constexpr,
-    LAYOUT_OUT: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """out = x + P V with P = softmax(scale x K^T), for K <= BK + BK2; with BK2, K >= BK."""
     i_b, i_h, i_p = program(heads, programs)
@@ -100,18 +126,18 @@ def former2conv_fwd_kernel(
         b_v2 = tl.load(value + o_v, mask=m_v, other=0.0)  # [BK2, BD]
 
     for i_t in range(i_p, tiles, programs):
-        m_n = i_t.to(tl.int64) * BN + tl.arange(0, BN) < N
+        m_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN) < N
         m_x = m_n[:, None] & (tl.arange(0, BD) < D)[None, :]
         o_x = pixel_offsets(i_t, W, s_xc, s_xh, s_xw, BN, BD, LAYOUT)
         b_x = tl.load(image + o_x, mask=m_x, other=0.0)  # [BN, BD]
-        b_s = tl.dot(b_x, b_kt, input_precision=PRECISION) * b_c  # [BN, BK]
+        b_s = dot_channels(b_x, b_kt, BC, PRECISION) * b_c  # [BN, BK]
         if BK2 == 0:
             b_s = tl.where((tl.arange(0, BK) < K)[None, :], b_s, float("-inf"))
             b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
             b_l = tl.sum(b_p, 1)  # [BN]
             b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)  # [BN, BD]
         else:
-            b_s2 = tl.dot(b_x, b_kt2, input_precision=PRECISION) * b_c  # [BN, BK2]
+            b_s2 = dot_channels(b_x, b_kt2, BC, PRECISION) * b_c  # [BN, BK2]
             b_s2 = tl.where((BK + tl.arange(0, BK2) < K)[None, :], b_s2, float("-inf"))
             b_m = tl.maximum(tl.max(b_s, 1), tl.max(b_s2, 1))  # [BN]
             b_p = tl.exp2(b_s - b_m[:, None])
@@ -119,8 +145,10 @@ def former2conv_fwd_kernel(
             b_l = tl.sum(b_p, 1) + tl.sum(b_p2, 1)
             b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
             b_o = tl.dot(b_p2.to(b_v.dtype), b_v2, b_o, input_precision=PRECISION)
+        if RELOAD:
+            b_x = tl.load(image + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
         b_o = b_x.to(tl.float32) + b_o / b_l[:, None]
-        o_o = pixel_offsets(i_t, W, s_oc, W * s_ow, s_ow, BN, BD, LAYOUT_OUT)
+        o_o = pixel_offsets(i_t, W, s_oc, s_oh, s_ow, BN, BD, LAYOUT)
         tl.store(out + o_o, b_o.to(out.dtype.element_ty), mask=m_x)
 
 
@@ -146,14 +174,16 @@ def former2conv_fwd_online_kernel(
     s_vk,
     s_ob,
     s_oc,
+    s_oh,
     s_ow,
     D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
     LAYOUT: tl.constexpr,
-    LAYOUT_OUT: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """As above for any K: one tile of pixels, a loop over blocks of tokens."""
     i_b, i_h, i_t = program(heads, tiles)
@@ -163,7 +193,7 @@ def former2conv_fwd_online_kernel(
     value += i_b * s_vb + i_h * D
     b_c = tl.cast(scale, tl.float32) * LOG2_E
 
-    m_n = i_t.to(tl.int64) * BN + tl.arange(0, BN) < N
+    m_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN) < N
     m_x = m_n[:, None] & (tl.arange(0, BD) < D)[None, :]
     o_x = pixel_offsets(i_t, W, s_xc, s_xh, s_xw, BN, BD, LAYOUT)
     b_x = tl.load(image + o_x, mask=m_x, other=0.0)  # [BN, BD]
@@ -175,13 +205,15 @@ def former2conv_fwd_online_kernel(
         o_v, m_v = token_offsets(i_k, K, s_vk, D, BK, BD)
         b_k = tl.load(key + o_k, mask=m_k, other=0.0)  # [BK, BD]
         b_v = tl.load(value + o_v, mask=m_v, other=0.0)  # [BK, BD]
-        b_s = tl.dot(b_x, tl.trans(b_k), input_precision=PRECISION) * b_c  # [BN, BK]
+        b_s = dot_channels(b_x, tl.trans(b_k), BC, PRECISION) * b_c  # [BN, BK]
         b_s = tl.where((i_k + tl.arange(0, BK) < K)[None, :], b_s, float("-inf"))
         b_m, b_r, b_p = online_softmax(b_s, b_m)
         b_l = b_l * b_r + tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_r[:, None], input_precision=PRECISION)
+    if RELOAD:
+        b_x = tl.load(image + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
     b_o = b_x.to(tl.float32) + b_o / b_l[:, None]
-    o_o = pixel_offsets(i_t, W, s_oc, W * s_ow, s_ow, BN, BD, LAYOUT_OUT)
+    o_o = pixel_offsets(i_t, W, s_oc, s_oh, s_ow, BN, BD, LAYOUT)
     tl.store(out + o_o, b_o.to(out.dtype.element_ty), mask=m_x)
 
 
@@ -225,15 +257,16 @@ def former2conv_bwd_kernel(
     s_vk,
     s_ob,
     s_oc,
+    s_oh,
     s_ow,
     D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
     LAYOUT: tl.constexpr,
-    LAYOUT_GRAD: tl.constexpr,
-    LAYOUT_OUT: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """P = softmax(scale x K^T),  dP = g V^T,  delta = sum_k P dP,  dS = P (dP - delta),  dx = g + scale dS K,
     dK = scale dS^T x  and  dV = P^T g,  for K <= BK. dK and dV are those of the program's tiles, [programs, B, K, C].
@@ -254,26 +287,28 @@ def former2conv_bwd_kernel(
     b_dkt = tl.zeros([BD, BK], tl.float32)
     b_dvt = tl.zeros([BD, BK], tl.float32)
     for i_t in range(i_p, tiles, programs):
-        m_n = i_t.to(tl.int64) * BN + tl.arange(0, BN) < N
+        m_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN) < N
         m_x = m_n[:, None] & (tl.arange(0, BD) < D)[None, :]
         o_x = pixel_offsets(i_t, W, s_xc, s_xh, s_xw, BN, BD, LAYOUT)
-        o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT_GRAD)
+        o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT)
         b_x = tl.load(image + o_x, mask=m_x, other=0.0)  # [BN, BD]
         b_g = tl.load(grad + o_g, mask=m_x, other=0.0)  # [BN, BD]
-        b_s = tl.dot(b_x, tl.trans(b_k), input_precision=PRECISION) * (b_scale * LOG2_E)  # [BN, BK]
+        b_s = dot_channels(b_x, tl.trans(b_k), BC, PRECISION) * (b_scale * LOG2_E)  # [BN, BK]
         b_s = tl.where((tl.arange(0, BK) < K)[None, :], b_s, float("-inf"))
         b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
         b_p = b_p * (1 / tl.sum(b_p, 1))[:, None]
         # Rows beyond the image are zero in x and g, but 0 times a token's inf is not.
         b_p = tl.where(m_n[:, None], b_p, 0.0)
         b_dvt = tl.dot(tl.trans(b_g), b_p.to(b_g.dtype), b_dvt, input_precision=PRECISION)
-        b_dp = tl.dot(b_g, b_vt, input_precision=PRECISION)  # [BN, BK]
+        b_dp = dot_channels(b_g, b_vt, BC, PRECISION)  # [BN, BK]
         b_delta = tl.sum(b_p * b_dp, 1)  # [BN]
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_x.dtype)
         b_dx = tl.dot(b_ds, b_k, input_precision=PRECISION)  # [BN, BD]
         b_dkt = tl.dot(tl.trans(b_x), b_ds, b_dkt, input_precision=PRECISION)
+        if RELOAD:
+            b_g = tl.load(grad + o_g, mask=m_x, other=0.0, eviction_policy="evict_first")
         b_dx = b_g.to(tl.float32) + b_dx * b_scale
-        o_o = pixel_offsets(i_t, W, s_oc, W * s_ow, s_ow, BN, BD, LAYOUT_OUT)
+        o_o = pixel_offsets(i_t, W, s_oc, s_oh, s_ow, BN, BD, LAYOUT)
         tl.store(dimage + o_o, b_dx.to(dimage.dtype.element_ty), mask=m_x)
 
     o_k, m_k = token_offsets(0, K, heads * D, D, BK, BD)
@@ -312,6 +347,7 @@ def former2conv_bwd_dx_kernel(
     s_vk,
     s_ob,
     s_oc,
+    s_oh,
     s_ow,
     D: tl.constexpr,
     BN: tl.constexpr,
@@ -319,9 +355,9 @@ def former2conv_bwd_dx_kernel(
     BK: tl.constexpr,
     BK2: tl.constexpr,
     LAYOUT: tl.constexpr,
-    LAYOUT_GRAD: tl.constexpr,
-    LAYOUT_OUT: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """dx as above for K <= BK + BK2 (with BK2, K >= BK), and per pixel what dK and dV need of it, [B, heads, N]:
     lse = log2 sum_k exp(scale x k) and delta.
@@ -347,41 +383,41 @@ def former2conv_bwd_dx_kernel(
         b_k2 = tl.load(key + o_k, mask=m_k, other=0.0)  # [BK2, BD]
         b_vt2 = tl.load(value + tl.trans(o_v), mask=tl.trans(m_v), other=0.0)  # [BD, BK2]
     for i_t in range(i_p, tiles, programs):
-        o_n = i_t.to(tl.int64) * BN + tl.arange(0, BN)
+        o_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN)
         m_n = o_n < N
         m_x = m_n[:, None] & (tl.arange(0, BD) < D)[None, :]
         o_x = pixel_offsets(i_t, W, s_xc, s_xh, s_xw, BN, BD, LAYOUT)
-        o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT_GRAD)
+        o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT)
         b_x = tl.load(image + o_x, mask=m_x, other=0.0)  # [BN, BD]
         b_g = tl.load(grad + o_g, mask=m_x, other=0.0)  # [BN, BD]
-        b_s = tl.dot(b_x, tl.trans(b_k), input_precision=PRECISION) * b_c  # [BN, BK]
+        b_s = dot_channels(b_x, tl.trans(b_k), BC, PRECISION) * b_c  # [BN, BK]
         if BK2 == 0:
             b_s = tl.where((tl.arange(0, BK) < K)[None, :], b_s, float("-inf"))
             b_m = tl.max(b_s, 1)  # [BN]
             b_p = tl.exp2(b_s - b_m[:, None])
             b_l = tl.sum(b_p, 1)  # [BN]
-            b_dp = tl.dot(b_g, b_vt, input_precision=PRECISION)  # [BN, BK]
+            b_dp = dot_channels(b_g, b_vt, BC, PRECISION)  # [BN, BK]
             b_delta = tl.sum(b_p * b_dp, 1) / b_l  # [BN]
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dx = tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)  # [BN, BD]
         else:
-            b_s2 = tl.dot(b_x, tl.trans(b_k2), input_precision=PRECISION) * b_c  # [BN, BK2]
+            b_s2 = dot_channels(b_x, tl.trans(b_k2), BC, PRECISION) * b_c  # [BN, BK2]
             b_s2 = tl.where((BK + tl.arange(0, BK2) < K)[None, :], b_s2, float("-inf"))
             b_m = tl.maximum(tl.max(b_s, 1), tl.max(b_s2, 1))
             b_p = tl.exp2(b_s - b_m[:, None])
             b_p2 = tl.exp2(b_s2 - b_m[:, None])
             b_l = tl.sum(b_p, 1) + tl.sum(b_p2, 1)
-            b_dp = tl.dot(b_g, b_vt, input_precision=PRECISION)
-            b_dp2 = tl.dot(b_g, b_vt2, input_precision=PRECISION)
+            b_dp = dot_channels(b_g, b_vt, BC, PRECISION)
+            b_dp2 = dot_channels(b_g, b_vt2, BC, PRECISION)
             b_delta = (tl.sum(b_p * b_dp, 1) + tl.sum(b_p2 * b_dp2, 1)) / b_l
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_ds2 = b_p2 * (b_dp2 - b_delta[:, None])
             b_dx = tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
             b_dx = tl.dot(b_ds2.to(b_k.dtype), b_k2, b_dx, input_precision=PRECISION)
-        # Loaded again, from L2: held since the dot, g costs registers that P and dP need.
-        b_g = tl.load(grad + o_g, mask=m_x, other=0.0, eviction_policy="evict_first")
+        if RELOAD:
+            b_g = tl.load(grad + o_g, mask=m_x, other=0.0, eviction_policy="evict_first")
         b_dx = b_g.to(tl.float32) + b_dx * (b_scale / b_l)[:, None]
-        o_o = pixel_offsets(i_t, W, s_oc, W * s_ow, s_ow, BN, BD, LAYOUT_OUT)
+        o_o = pixel_offsets(i_t, W, s_oc, s_oh, s_ow, BN, BD, LAYOUT)
         tl.store(dimage + o_o, b_dx.to(dimage.dtype.element_ty), mask=m_x)
         tl.store(lse + o_n, b_m + tl.log2(b_l), mask=m_n)
         tl.store(delta + o_n, b_delta, mask=m_n)
@@ -416,15 +452,16 @@ def former2conv_bwd_dx_online_kernel(
     s_vk,
     s_ob,
     s_oc,
+    s_oh,
     s_ow,
     D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
     LAYOUT: tl.constexpr,
-    LAYOUT_GRAD: tl.constexpr,
-    LAYOUT_OUT: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """dx, lse and delta as above for any K: one pass over the tokens for lse and delta, a second one for dx."""
     i_b, i_h, i_t = program(heads, tiles)
@@ -436,11 +473,11 @@ def former2conv_bwd_dx_online_kernel(
     b_scale = tl.cast(scale, tl.float32)
     b_c = b_scale * LOG2_E
 
-    o_n = i_t.to(tl.int64) * BN + tl.arange(0, BN)
+    o_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
     m_x = m_n[:, None] & (tl.arange(0, BD) < D)[None, :]
     o_x = pixel_offsets(i_t, W, s_xc, s_xh, s_xw, BN, BD, LAYOUT)
-    o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT_GRAD)
+    o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT)
     b_x = tl.load(image + o_x, mask=m_x, other=0.0)  # [BN, BD]
     b_g = tl.load(grad + o_g, mask=m_x, other=0.0)  # [BN, BD]
     b_m = tl.full([BN], float("-inf"), tl.float32)
@@ -451,9 +488,9 @@ def former2conv_bwd_dx_online_kernel(
         o_v, m_v = token_offsets(i_k, K, s_vk, D, BK, BD)
         b_k = tl.load(key + o_k, mask=m_k, other=0.0)  # [BK, BD]
         b_v = tl.load(value + o_v, mask=m_v, other=0.0)  # [BK, BD]
-        b_s = tl.dot(b_x, tl.trans(b_k), input_precision=PRECISION) * b_c  # [BN, BK]
+        b_s = dot_channels(b_x, tl.trans(b_k), BC, PRECISION) * b_c  # [BN, BK]
         b_s = tl.where((i_k + tl.arange(0, BK) < K)[None, :], b_s, float("-inf"))
-        b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)  # [BN, BK]
+        b_dp = dot_channels(b_g, tl.trans(b_v), BC, PRECISION)  # [BN, BK]
         b_m, b_r, b_p = online_softmax(b_s, b_m)
         b_l = b_l * b_r + tl.sum(b_p, 1)
         b_delta = b_delta * b_r + tl.sum(b_p * b_dp, 1)
@@ -466,13 +503,15 @@ def former2conv_bwd_dx_online_kernel(
         o_v, m_v = token_offsets(i_k, K, s_vk, D, BK, BD)
         b_k = tl.load(key + o_k, mask=m_k, other=0.0)
         b_v = tl.load(value + o_v, mask=m_v, other=0.0)
-        b_s = tl.dot(b_x, tl.trans(b_k), input_precision=PRECISION) * b_c
-        b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
+        b_s = dot_channels(b_x, tl.trans(b_k), BC, PRECISION) * b_c
+        b_dp = dot_channels(b_g, tl.trans(b_v), BC, PRECISION)
         # Rows of K and V beyond the tokens are zero: so is what they add.
         b_ds = tl.exp2(b_s - b_lse[:, None]) * (b_dp - b_delta[:, None])
         b_dx = tl.dot(b_ds.to(b_k.dtype), b_k, b_dx, input_precision=PRECISION)
+    if RELOAD:
+        b_g = tl.load(grad + o_g, mask=m_x, other=0.0, eviction_policy="evict_first")
     b_dx = b_g.to(tl.float32) + b_dx * b_scale
-    o_o = pixel_offsets(i_t, W, s_oc, W * s_ow, s_ow, BN, BD, LAYOUT_OUT)
+    o_o = pixel_offsets(i_t, W, s_oc, s_oh, s_ow, BN, BD, LAYOUT)
     tl.store(dimage + o_o, b_dx.to(dimage.dtype.element_ty), mask=m_x)
     tl.store(lse + (i_b * heads + i_h) * N + o_n, b_lse, mask=m_n)
     tl.store(delta + (i_b * heads + i_h) * N + o_n, b_delta, mask=m_n)
@@ -514,7 +553,7 @@ def former2conv_bwd_dkv_kernel(
     BD: tl.constexpr,
     BK: tl.constexpr,
     LAYOUT: tl.constexpr,
-    LAYOUT_GRAD: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK = scale dS^T x and dV = P^T g of one block of tokens over the program's tiles, [programs, B, K, C]."""
@@ -539,19 +578,19 @@ def former2conv_bwd_dkv_kernel(
     b_dk = tl.zeros([BK, BD], tl.float32)
     b_dv = tl.zeros([BK, BD], tl.float32)
     for i_t in range(i_p, tiles, programs):
-        o_n = i_t.to(tl.int64) * BN + tl.arange(0, BN)
+        o_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN)
         m_n = o_n < N
         m_x = m_n[:, None] & (tl.arange(0, BD) < D)[None, :]
         o_x = pixel_offsets(i_t, W, s_xc, s_xh, s_xw, BN, BD, LAYOUT)
-        o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT_GRAD)
+        o_g = pixel_offsets(i_t, W, s_gc, s_gh, s_gw, BN, BD, LAYOUT)
         b_x = tl.load(image + o_x, mask=m_x, other=0.0)  # [BN, BD]
         b_g = tl.load(grad + o_g, mask=m_x, other=0.0)  # [BN, BD]
         b_lse = tl.load(lse + o_n, mask=m_n, other=0.0)  # [BN]
         b_delta = tl.load(delta + o_n, mask=m_n, other=0.0)  # [BN]
-        b_s = tl.dot(b_k, tl.trans(b_x), input_precision=PRECISION) * b_c  # [BK, BN]
+        b_s = dot_channels(b_k, tl.trans(b_x), BC, PRECISION) * b_c  # [BK, BN]
         b_p = tl.where(m_n[None, :], tl.exp2(b_s - b_lse[None, :]), 0.0)
         b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)  # [BK, BN]
+        b_dp = dot_channels(b_v, tl.trans(b_g), BC, PRECISION)  # [BK, BN]
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_x.dtype), b_x, b_dk, input_precision=PRECISION)
     o_k, m_k = token_offsets(i_k, K, heads * D, D, BK, BD)
@@ -561,15 +600,268 @@ def former2conv_bwd_dkv_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def former2conv_bwd_sum_kernel(partials, dkey, dvalue, size, programs, BP: tl.constexpr, BS: tl.constexpr):
-    """Sum over the programs, in a fixed order, of dK and dV: [2, programs, size] to [size] each."""
-    o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+def former2conv_bwd_sum_kernel(sums, dkey, dvalue, size, programs, BP: tl.constexpr, BS: tl.constexpr):
+    """The sums over the programs of dK and dV, in a fixed order: [2, programs, size] to [size] each."""
+    i_s = tl.program_id(1)
+    sums += tl.cast(i_s, tl.int64) * programs * size
+    o_s = tl.cast(tl.program_id(0), tl.int64) * BS + tl.arange(0, BS)
     m_s = o_s < size
-    partials += tl.program_id(1).to(tl.int64) * programs * size
     b_sum = tl.zeros([BS], tl.float32)
     for i_p in range(0, programs, BP):
         o_p = i_p + tl.arange(0, BP)
         m_p = (o_p < programs)[:, None] & m_s[None, :]
-        b_sum += tl.sum(tl.load(partials + o_p.to(tl.int64)[:, None] * size + o_s[None, :], mask=m_p, other=0.0), 0)
-    total = dkey if tl.program_id(1) == 0 else dvalue
+        b_sum += tl.sum(tl.load(sums + tl.cast(o_p, tl.int64)[:, None] * size + o_s[None, :], mask=m_p, other=0.0), 0)
+    total = dkey if i_s == 0 else dvalue
     tl.store(total + o_s, b_sum.to(dkey.dtype.element_ty), mask=m_s)
+
+
+class Setting(NamedTuple):
+    """How a kernel is launched for up to ``tokens`` tokens.
+
+    Args:
+        tokens: the most that it takes.
+        BN: pixels of a tile.
+        BK: tokens of a block; BK2, of a second one.
+        warps: of a program.
+        stages: of the loop's pipeline.
+        resident: programs that a multiprocessor holds, at 255 registers a thread two of 4 warps or one of 8.
+        RELOAD: the residual is loaded again, from L2, instead of being held in registers.
+        BC: channels of a chunk in ``dot_channels``.
+        archs: where it does not spill.
+    """
+
+    tokens: float
+    BN: int
+    BK: int
+    BK2: int = 0
+    warps: int = 4
+    stages: int = 2
+    resident: int = 2
+    RELOAD: bool = False
+    BC: int = 256
+    archs: tuple[int, ...] = (80, 90, 100)
+
+
+ANY = float("inf")
+# By kernel; then by kind of product, 16 bits ("half") or fp32 in either precision, and head dimension, rounded up.
+SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
+    "fwd": {
+        ("half", 64): (
+            Setting(32, 64, 32, stages=3, resident=4),
+            Setting(64, 64, 64, stages=3, resident=3),
+            Setting(128, 64, 128),
+            Setting(160, 64, 128, 32),
+            Setting(192, 64, 128, 64, archs=(90, 100)),
+        )
+    },
+    "fwd online": {(k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)},
+    "fwd strided": {(k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)},
+    "bwd": {("half", 64): (Setting(32, 64, 32, stages=3, resident=3), Setting(64, 64, 64))},
+    "bwd dx": {("half", 64): (Setting(128, 64, 128), Setting(160, 128, 128, 32, warps=8, resident=1, RELOAD=True))},
+    "bwd dx online": {
+        (k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)
+    },
+    "bwd dx strided": {
+        (k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)
+    },
+    "bwd dkv": {(k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)},
+    "bwd dkv strided": {
+        (k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)
+    },
+}
+# How often the programs fill the GPU: more even out its multiprocessors, and fewer load the tokens less often. What
+# the backward's programs add up is written and summed once more for each of them.
+WAVES, WAVES_OF_SUMS = 4, 2
+SUM_PROGRAMS, SUM_ELEMENTS = 16, 128
+
+
+def padded_width(width: int) -> int:
+    """The head dimension as the products need it."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def setting_of(kernel: str, kind: str, width: int, tokens: int, arch: int) -> Setting | None:
+    """The first setting that takes so many tokens; ``None`` if a kernel with a loop over them must."""
+    for setting in SETTINGS[kernel].get((kind, max(64, padded_width(width))), ()):
+        if tokens <= setting.tokens and arch in setting.archs:
+            return setting
+    return None
+
+
+def programs_of(tiles: int, rows: int, slots: int) -> int:
+    """Among how many programs the tiles of each row, a head of an image, are shared out, to fill so many slots."""
+    return min(tiles, max(1, slots // rows))
+
+
+def strides_of(image: Tensor) -> tuple[int, int, int, int]:
+    """Strides of ``[B, C, H, W]`` as ``pixel_offsets`` has them; those that nothing depends on are 0."""
+    batch, _, height, width = image.shape
+    s_b, s_c, s_h, s_w = image.stride()
+    s_w = s_w if width > 1 else s_h
+    return s_b if batch > 1 else 0, s_c, s_h, s_w if height * width > 1 else 0
+
+
+def layout_of(image: Tensor, heads: int) -> str:
+    """ "channels_last" or "nchw" where 16 bytes can be loaded at once, else "strided", which takes any strides."""
+    _, channels, height, width = image.shape
+    s_b, s_c, s_h, s_w = strides_of(image)
+    rows_apart = height > 1 and width > 1 and s_h != width * s_w
+    if rows_apart or image.data_ptr() % 16 or s_b % 16 or channels % 16 or channels // heads % 8:
+        return "strided"
+    if s_c == 1 and s_w % 16 == 0:
+        return "channels_last"
+    # Offsets within a tile have 32 bits.
+    if s_w == 1 and s_c % 16 == 0 and height * width % 16 == 0 and channels // heads * s_c < 2**31:
+        return "nchw"
+    return "strided"
+
+
+def _layout(heads: int, *images: Tensor) -> str:
+    """The layout that they share; what a kernel has to know of two takes registers that it needs for the tokens."""
+    layouts = {layout_of(image, heads) for image in images}
+    return layouts.pop() if len(layouts) == 1 else "strided"
+
+
+def _rows(tokens: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """``[B, K, C]``, its channels side by side and aligned, copied if need be: it is small; and its first strides."""
+    batch, count, channels = tokens.shape
+    strides = tokens.stride(0) if batch > 1 else 0, tokens.stride(1) if count > 1 else 0
+    unit = 1 if channels % 16 else 16
+    if tokens.stride(2) == 1 and not any(number % unit for number in (*strides, tokens.data_ptr())):
+        return tokens, strides
+    return tokens.clone(memory_format=torch.contiguous_format), (count * channels, channels)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """The architecture whose settings hold, and the number of multiprocessors."""
+    if device.type != "cuda":
+        return 90, 1
+    properties = torch.cuda.get_device_properties(device)
+    return {9: 90, 10: 100}.get(properties.major, 80), properties.multi_processor_count
+
+
+def _on(image: Tensor) -> AbstractContextManager:
+    return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
+
+
+def _options(setting: Setting, kind: str, width: int, **more: object) -> dict[str, object]:
+    """The constexprs that all kernels have, and what Triton takes besides."""
+    return {
+        "D": width,
+        "BN": setting.BN,
+        "BD": padded_width(width),
+        "BK": setting.BK,
+        "BC": setting.BC,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "num_warps": setting.warps,
+        "num_stages": setting.stages,
+        **more,
+    }
+
+
+def former2conv_fwd(image: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, out: Tensor) -> None:
+    """Fills ``out`` ``[B, C, H, W]``."""
+    batch, channels, height, width = image.shape
+    size, count, head = height * width, key.shape[1], channels // heads
+    kind, layout = _kind(image.dtype), _layout(heads, image, out)
+    arch, processors = _device(image.device)
+    fast = layout != "strided"
+    setting = setting_of("fwd", kind, head, count, arch) if fast else None
+    with _on(image):
+        (key, key_strides), (value, value_strides) = _rows(key), _rows(value)
+        strides = *strides_of(image), *key_strides, *value_strides, *strides_of(out)
+        if setting:
+            tiles = triton.cdiv(size, setting.BN)
+            programs = programs_of(tiles, batch * heads, WAVES * processors * setting.resident)
+            options = _options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD, BK2=setting.BK2)
+            former2conv_fwd_kernel[(batch * heads * programs,)](
+                *(image, key, value, out, scale, size, width, count, heads, tiles, programs), *strides, **options
+            )
+        else:
+            setting = setting_of("fwd online" if fast else "fwd strided", kind, head, count, arch)
+            tiles = triton.cdiv(size, setting.BN)
+            options = _options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD)
+            former2conv_fwd_online_kernel[(batch * heads * tiles,)](
+                *(image, key, value, out, scale, size, width, count, heads, tiles), *strides, **options
+            )
+
+
+def former2conv_bwd(
+    grad: Tensor,
+    image: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    scale: float,
+    dimage: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+) -> None:
+    """Fills ``dimage`` ``[B, C, H, W]``, ``dkey`` and ``dvalue`` ``[B, K, C]``, which are contiguous."""
+    batch, channels, height, width = image.shape
+    size, count, head = height * width, key.shape[1], channels // heads
+    kind, layout = _kind(image.dtype), _layout(heads, grad, image, dimage)
+    arch, processors = _device(image.device)
+    fast, rows = layout != "strided", batch * heads
+    setting = setting_of("bwd", kind, head, count, arch) if fast else None
+    with _on(image):
+        (key, key_strides), (value, value_strides) = _rows(key), _rows(value)
+        strides = *strides_of(grad), *strides_of(image), *key_strides, *value_strides
+        if setting:
+            tiles = triton.cdiv(size, setting.BN)
+            programs = programs_of(tiles, rows, WAVES_OF_SUMS * processors * setting.resident)
+            sums = _sums(dkey, dvalue, programs)
+            former2conv_bwd_kernel[(rows * programs,)](
+                *(grad, image, key, value, dimage, *sums, scale),
+                *(batch, size, width, count, heads, tiles, programs, *strides, *strides_of(dimage)),
+                **_options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD),
+            )
+        else:
+            lse, delta = torch.empty((2, batch, heads, size), dtype=torch.float32, device=image.device)
+            inputs = grad, image, key, value
+            setting = setting_of("bwd dx", kind, head, count, arch) if fast else None
+            if setting:
+                tiles = triton.cdiv(size, setting.BN)
+                programs = programs_of(tiles, rows, WAVES * processors * setting.resident)
+                former2conv_bwd_dx_kernel[(rows * programs,)](
+                    *(*inputs, dimage, lse, delta, scale, size, width, count, heads, tiles, programs),
+                    *(*strides, *strides_of(dimage)),
+                    **_options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD, BK2=setting.BK2),
+                )
+            else:
+                setting = setting_of("bwd dx online" if fast else "bwd dx strided", kind, head, count, arch)
+                tiles = triton.cdiv(size, setting.BN)
+                former2conv_bwd_dx_online_kernel[(rows * tiles,)](
+                    *(*inputs, dimage, lse, delta, scale, size, width, count, heads, tiles),
+                    *(*strides, *strides_of(dimage)),
+                    **_options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD),
+                )
+            setting = setting_of("bwd dkv" if fast else "bwd dkv strided", kind, head, count, arch)
+            tiles, blocks = triton.cdiv(size, setting.BN), triton.cdiv(count, setting.BK)
+            programs = programs_of(tiles, rows * blocks, WAVES_OF_SUMS * processors * setting.resident)
+            sums = _sums(dkey, dvalue, programs)
+            former2conv_bwd_dkv_kernel[(rows * blocks * programs,)](
+                *(*inputs, lse, delta, *sums, scale),
+                *(batch, size, width, count, heads, tiles, programs, blocks, *strides),
+                **_options(setting, kind, head, LAYOUT=layout),
+            )
+        if programs > 1:
+            grid = triton.cdiv(dkey.numel(), SUM_ELEMENTS), 2
+            former2conv_bwd_sum_kernel[grid](
+                *(sums, dkey, dvalue, dkey.numel(), programs), BP=SUM_PROGRAMS, BS=SUM_ELEMENTS, num_warps=4
+            )
+
+
+def _sums(dkey: Tensor, dvalue: Tensor, programs: int) -> Tensor | tuple[Tensor, Tensor]:
+    """What the programs write their sums to, ``[2, programs, B, K, C]``; a single program writes the result."""
+    if programs == 1:
+        return dkey, dvalue
+    return torch.empty((2, programs, *dkey.shape), dtype=torch.float32, device=dkey.device)

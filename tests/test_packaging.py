@@ -15,7 +15,9 @@ PROBE = """
 import fusekern, fusekern.kernels
 from fusekern import recipes
 from fusekern.data.spec import built_in_datasets, load_spec
+from fusekern.extensions import load
 print(fusekern.__file__, fusekern.kernels.__file__, sep="\\n")
+assert not (reason := load("_C")), reason
 print(*recipes.names(), *built_in_datasets(), len(load_spec("ade20k").names))
 """
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Asked once: torch 2.11 cannot compile the question.
+_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
+
+def autocast_enabled(device: str) -> bool:
+    """Is autocast on, for a type of device that may not know it, as ``meta`` does not?"""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
 
 def check_shape(name: str, tensor: Tensor, layout: str, **sizes: int) -> None:
     """``layout`` as in ``"B C 3 3"``; ``sizes`` gives the letters whose size is known."""
@@ -22,7 +30,7 @@ def check_alike(**tensors: Tensor | None) -> None:
     """All floating point, on one device, and outside autocast of one dtype."""
     present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
     first, leader = present[0]
-    autocast = torch.amp.is_autocast_available(leader.device.type) and torch.is_autocast_enabled(leader.device.type)
+    autocast = autocast_enabled(leader.device.type)
     for name, tensor in present:
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")

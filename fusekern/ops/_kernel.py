@@ -13,11 +13,13 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from fusekern.ops._check import autocast_enabled
+
 
 def follow_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on; like autocast, it leaves float64 alone."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

@@ -14,9 +14,9 @@ def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
 def triton_dtypes(first: Tensor, *rest: object) -> list[str]:
     """The Triton kernels need tensor cores that know bf16, and accumulate in fp32."""
     reasons = _dtypes(first, torch.float32, torch.bfloat16, torch.float16)
-    major, minor = _capability(first.device.index)
-    if major < 8:
-        reasons.append(f"it needs compute capability 8.0, the device has {major}.{minor}")
+    device = torch.cuda.get_device_properties(first.device.index)
+    if device.major < 8:
+        reasons.append(f"it needs compute capability 8.0, the device has {device.major}.{device.minor}")
     return reasons
 
 
@@ -31,8 +31,3 @@ def triton_attention(first: Tensor, *rest: object) -> list[str]:
 def _dtypes(tensor: Tensor, *known: torch.dtype) -> list[str]:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
     return [] if tensor.dtype in known else [f"{str(tensor.dtype).removeprefix('torch.')}, it takes {names}"]
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
@@ -80,19 +79,6 @@ def _backward(ctx, grad, _):
 
 _conv2former.register_autograd(_backward, setup_context=_setup_context)
 _conv2former_backward.register_autograd(no_second_derivative("conv2former"))
-
-
-@register_flop_formula(torch.ops.fusekern.conv2former)
-def _flops(query, tokens, *rest, **keywords) -> int:
-    """4 B N K C: the similarities and the weighted sum, a multiplication and an addition each."""
-    batch, channels, height, width = tokens
-    return 4 * batch * channels * height * width * query[1]
-
-
-@register_flop_formula(torch.ops.fusekern.conv2former_backward)
-def _backward_flops(grad, query, tokens, *rest, **keywords) -> int:
-    """8 B N K C: two products for each of the forward's; recomputing these is not counted."""
-    return 2 * _flops(query, tokens)
 
 
 register("conv2former", "cpp", cpp_dtypes)

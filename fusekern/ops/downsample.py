@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_choice, check_shape
@@ -99,20 +98,6 @@ _downsample.register_autograd(_backward, setup_context=_setup_context)
 _downsample_backward.register_autograd(no_second_derivative("downsample"))
 
 
-@register_flop_formula(torch.ops.fusekern.downsample)
-def _flops(image, weight, *rest, out_shape, **keywords) -> int:
-    """18 B n C^2 with n = h w tokens: nine products of matrices, a multiplication and an addition each."""
-    batch, channels, h, w = out_shape
-    return 18 * batch * h * w * channels**2
-
-
-@register_flop_formula(torch.ops.fusekern.downsample_backward)
-def _backward_flops(grad, image, weight, *rest, **keywords) -> int:
-    """Twice the forward's: the gradients of image and weight."""
-    batch, channels, h, w = grad
-    return 36 * batch * h * w * channels**2
-
-
 def _full(backend_dtypes):
     def why_not(image, weight, bias, pad):
         depthwise = ["it takes no depthwise weight"] if weight.shape[1] != image.shape[1] else []
@@ -121,8 +106,19 @@ def _full(backend_dtypes):
     return why_not
 
 
-register("downsample", "cpp", _full(cpp_dtypes))
-register("downsample", "triton", _full(triton_dtypes))
+def _why_slow_cpp(image, weight, bias, pad):
+    # What it gains lies in the backward and in the products of few patches; in bench/results/downsample-cpu.json.
+    trained = torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad)
+    h, w = downsampled_size(*image.shape[2:], pad)
+    return ["without gradients it is slower on large maps"] if not trained and 2 * h * w > image.shape[1] else []
+
+
+def _why_slow_triton(image, weight, bias, pad):
+    return ["nobody has measured it against cuDNN yet"]
+
+
+register("downsample", "cpp", _full(cpp_dtypes), _why_slow_cpp)
+register("downsample", "triton", _full(triton_dtypes), _why_slow_triton)
 
 
 def downsample(

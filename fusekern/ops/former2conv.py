@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
@@ -76,19 +75,6 @@ def _backward(ctx, grad):
 
 _former2conv.register_autograd(_backward, setup_context=_setup_context)
 _former2conv_backward.register_autograd(no_second_derivative("former2conv"))
-
-
-@register_flop_formula(torch.ops.fusekern.former2conv)
-def _flops(image, key, value, *rest, **keywords) -> int:
-    """4 B N K C: the similarities and the weighted sum, a multiplication and an addition each."""
-    batch, channels, height, width = image
-    return 4 * batch * channels * height * width * key[1]
-
-
-@register_flop_formula(torch.ops.fusekern.former2conv_backward)
-def _backward_flops(grad, image, key, *rest, **keywords) -> int:
-    """8 B N K C: two products for each of the forward's; recomputing these is not counted."""
-    return 2 * _flops(image, key, None)
 
 
 register("former2conv", "cpp", cpp_dtypes)

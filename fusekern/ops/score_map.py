@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_shape, check_tokens
@@ -83,20 +82,13 @@ _score_map.register_autograd(_backward, setup_context=_setup_context)
 _score_map_backward.register_autograd(no_second_derivative("score_map"))
 
 
-@register_flop_formula(torch.ops.fusekern.score_map)
-def _flops(image, text, *rest, **keywords) -> int:
-    """2 B N K C; the norms are not counted."""
-    batch, channels, height, width = image
-    return 2 * batch * channels * height * width * text[1]
+def _why_slow_cpp(image, text, normalize, concat):
+    # Then there is one product of matrices and nothing to fuse with it; in bench/results/score_map-cpu.json.
+    fused = normalize or (concat and image.stride(1) == 1)
+    return [] if fused else ["without norms it is slower, but for a concatenation in channels_last"]
 
 
-@register_flop_formula(torch.ops.fusekern.score_map_backward)
-def _backward_flops(grad, image, text, *rest, **keywords) -> int:
-    """4 B N K C: the gradients of pixels and text; recomputing the scores is not counted."""
-    return 2 * _flops(image, text)
-
-
-register("score_map", "cpp", cpp_dtypes)
+register("score_map", "cpp", cpp_dtypes, _why_slow_cpp)
 register("score_map", "triton", triton_dtypes)
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import fusekern.ops.flops  # noqa: F401
 from fusekern import FusekernError, ops, use_backend
 from fusekern.backends import BACKENDS, resolve, why_not
 from fusekern.ops.conv2former import conv2former_reference

@@ -1,0 +1,56 @@
+"""What the ops with kernels cost, for ``torch.utils.flop_counter.FlopCounterMode``, which cannot look into them.
+
+    import fusekern.ops.flops
+    with FlopCounterMode() as counter: ...
+
+Its own import is what makes the counter count: ``import fusekern`` leaves it out, because the counter imports Triton. A
+multiplication and an addition count one each; what a backward computes again is not counted, nor are norms and softmax.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_fusekern = torch.ops.fusekern
+
+
+@register_flop_formula([_fusekern.former2conv, _fusekern.conv2former])
+def attention(first, second, *rest, **keywords) -> int:
+    """4 B N K C: similarities and weighted sum."""
+    image, tokens = (first, second) if len(first) == 4 else (second, first)
+    return 4 * prod(image) * tokens[1]
+
+
+@register_flop_formula([_fusekern.former2conv_backward, _fusekern.conv2former_backward])
+def attention_backward(grad, first, second, *rest, **keywords) -> int:
+    """8 B N K C: two products for each of the forward's."""
+    image, tokens = (first, second) if len(first) == 4 else (second, first)
+    return 8 * prod(image) * tokens[1]
+
+
+@register_flop_formula(_fusekern.score_map)
+def score_map(image, text, *rest, **keywords) -> int:
+    """2 B N K C."""
+    return 2 * prod(image) * text[1]
+
+
+@register_flop_formula(_fusekern.score_map_backward)
+def score_map_backward(grad, image, text, *rest, **keywords) -> int:
+    """4 B N K C: the gradients of pixels and text."""
+    return 4 * prod(image) * text[1]
+
+
+@register_flop_formula(_fusekern.downsample)
+def downsample(image, weight, bias, h, w, *rest, **keywords) -> int:
+    """18 B n C^2 with n = h w tokens: nine products of matrices."""
+    batch, channels = image[:2]
+    return 18 * batch * h * w * channels**2
+
+
+@register_flop_formula(_fusekern.downsample_backward)
+def downsample_backward(grad, *rest, **keywords) -> int:
+    """36 B n C^2: the gradients of image and weight."""
+    return 36 * prod(grad) * grad[1]

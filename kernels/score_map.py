@@ -1,0 +1,627 @@
+"""Score map: ``S = I T^T``, rows of unit length if asked, beside the image in one tensor if asked.
+
+The forward divides by the norms behind the product: they come from the tiles that the product loads, and the image part
+of the concatenation is what has been loaded too. The backward has a kernel for dI, which computes S again because a
+pixel's gradient along itself drops out, and one for dT, whose sums over parts of the pixels a third one adds in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHANNELS_LAST, NCHW, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Norms below count as this much.
+FLOOR = tl.constexpr(1e-12)
+
+
+@triton.jit
+def tile_offsets(i_t, i_c, W, s_c, s_h, s_w, BN: tl.constexpr, BC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Offsets of the channels from ``i_c`` on of tile ``i_t`` of the pixels, int64. [BN, BC]
+
+    ``s_w`` is the stride between pixels, except in STRIDED, where rows may lie anywhere.
+    """
+    i_n = tl.cast(i_t, tl.int64) * BN
+    o_n = tl.arange(0, BN)
+    o_c = i_c + tl.arange(0, BC).to(tl.int64)
+    if LAYOUT == CHANNELS_LAST:
+        return (i_n + o_n)[:, None] * s_w + o_c[None, :]
+    elif LAYOUT == NCHW:
+        return (i_n + o_n)[:, None] + o_c[None, :] * s_c
+    else:
+        o_w = (i_n % W).to(tl.int32) + o_n
+        o_n = (i_n // W + o_w // W) * s_h + (o_w % W).to(tl.int64) * s_w
+        return o_n[:, None] + o_c[None, :] * s_c
+
+
+@triton.jit
+def tile_mask(i_t, i_c, N, C, BN: tl.constexpr, BC: tl.constexpr):
+    m_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN) < N
+    return m_n[:, None] & (i_c + tl.arange(0, BC) < C)[None, :]
+
+
+@triton.jit
+def load_tile(image, i_t, i_c, N, W, C, s_c, s_h, s_w, BN: tl.constexpr, BC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Channels from ``i_c`` on of tile ``i_t`` of the pixels, 0 beyond pixel N and channel C. [BN, BC]"""
+    o_x = tile_offsets(i_t, i_c, W, s_c, s_h, s_w, BN, BC, LAYOUT)
+    return tl.load(image + o_x, mask=tile_mask(i_t, i_c, N, C, BN, BC), other=0.0)
+
+
+@triton.jit
+def store_tile(out, b_x, i_t, i_c, N, W, C, s_c, s_h, s_w, BN: tl.constexpr, BC: tl.constexpr, LAYOUT: tl.constexpr):
+    o_x = tile_offsets(i_t, i_c, W, s_c, s_h, s_w, BN, BC, LAYOUT)
+    tl.store(out + o_x, b_x.to(out.dtype.element_ty), mask=tile_mask(i_t, i_c, N, C, BN, BC))
+
+
+@triton.jit
+def load_text(text, i_k, i_c, K, C, s_k, BK: tl.constexpr, BC: tl.constexpr):
+    """Rows from ``i_k`` on, channels from ``i_c`` on. [BK, BC]"""
+    o_k = i_k + tl.arange(0, BK)
+    o_c = i_c + tl.arange(0, BC)
+    o_t = o_k.to(tl.int64)[:, None] * s_k + o_c[None, :]
+    return tl.load(text + o_t, mask=(o_k < K)[:, None] & (o_c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def floored(b_norm):
+    # A NaN stays one.
+    return tl.where(b_norm < FLOOR, FLOOR, b_norm)
+
+
+@triton.jit
+def square_sum(b_x):
+    b_x = b_x.to(tl.float32)
+    return tl.sum(b_x * b_x, 1)
+
+
+@triton.jit(do_not_specialize=["W", "K", "tiles", "blocks"])
+def score_map_fwd_kernel(
+    image,
+    text,
+    out,
+    N,
+    W,
+    K,
+    C,
+    tiles,
+    blocks,
+    s_xb,
+    s_xc,
+    s_xh,
+    s_xw,
+    s_tb,
+    s_tk,
+    s_ob,
+    s_oc,
+    s_oh,
+    s_ow,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    BK2: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    LAYOUT_OUT: tl.constexpr,
+    VEC: tl.constexpr,
+    VEC_OUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CONCAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """s_nk = x_n t_k, over |x_n| |t_k| if NORMALIZE; with CONCAT behind the channels of x, which are copied.
+
+    A program has a tile of pixels and one of ``blocks`` blocks of BK tokens, or all tokens, BK + BK2 at most. Strides
+    and K come as multiples of VEC and VEC_OUT, so that the compiler knows how many elements one access can take.
+    """
+    i = tl.program_id(0)
+    i_k = i % blocks
+    i_t = i // blocks % tiles
+    i_b = (i // blocks // tiles).to(tl.int64)
+    K = K * VEC_OUT
+    image += i_b * s_xb * VEC
+    text += i_b * s_tb
+    out += i_b * s_ob * VEC_OUT
+
+    b_s = tl.zeros([BN, BK], tl.float32)
+    b_xx = tl.zeros([BN], tl.float32)
+    b_tt = tl.zeros([BK], tl.float32)
+    if BK2 > 0:
+        b_s2 = tl.zeros([BN, BK2], tl.float32)
+        b_tt2 = tl.zeros([BK2], tl.float32)
+    for i_c in range(0, C, BC):
+        b_x = load_tile(image, i_t, i_c, N, W, C, s_xc, s_xh, s_xw * VEC, BN, BC, LAYOUT)  # [BN, BC]
+        b_t = load_text(text, i_k * BK, i_c, K, C, s_tk, BK, BC)  # [BK, BC]
+        b_s = tl.dot(b_x, tl.trans(b_t), b_s, input_precision=PRECISION)
+        if NORMALIZE:
+            b_xx += square_sum(b_x)
+            b_tt += square_sum(b_t)
+        if BK2 > 0:
+            b_t2 = load_text(text, BK, i_c, K, C, s_tk, BK2, BC)  # [BK2, BC]
+            b_s2 = tl.dot(b_x, tl.trans(b_t2), b_s2, input_precision=PRECISION)
+            if NORMALIZE:
+                b_tt2 += square_sum(b_t2)
+        if CONCAT:
+            # The blocks of tokens share the copy.
+            o_o = tile_offsets(i_t, i_c, W, s_oc, s_oh, s_ow * VEC_OUT, BN, BC, LAYOUT_OUT)
+            m_o = tile_mask(i_t, i_c, N, C, BN, BC) & (tl.full([1, 1], i_c // BC % blocks, tl.int32) == i_k)
+            tl.store(out + o_o, b_x, mask=m_o)
+    i_o = C if CONCAT else 0
+    if NORMALIZE:
+        b_inv = tl.div_rn(1.0, floored(tl.sqrt_rn(b_xx)))  # [BN]
+        b_s = b_s * b_inv[:, None] * tl.div_rn(1.0, floored(tl.sqrt_rn(b_tt)))[None, :]
+    store_tile(out, b_s, i_t, i_o + i_k * BK, N, W, i_o + K, s_oc, s_oh, s_ow * VEC_OUT, BN, BK, LAYOUT_OUT)
+    if BK2 > 0:
+        if NORMALIZE:
+            b_s2 = b_s2 * b_inv[:, None] * tl.div_rn(1.0, floored(tl.sqrt_rn(b_tt2)))[None, :]
+        store_tile(out, b_s2, i_t, i_o + BK, N, W, i_o + K, s_oc, s_oh, s_ow * VEC_OUT, BN, BK2, LAYOUT_OUT)
+
+
+@triton.jit(do_not_specialize=["K"])
+def score_map_unit_kernel(text, unit, K, C, s_tb, s_tk, BC: tl.constexpr):
+    """The rows of the text over their norms, packed."""
+    i = tl.program_id(0).to(tl.int64)
+    text += i // K * s_tb + i % K * s_tk
+    b_tt = tl.zeros([BC], tl.float32)
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        b_t = tl.load(text + o_c, mask=o_c < C, other=0.0).to(tl.float32)  # [BC]
+        b_tt += b_t * b_t
+    b_inv = tl.div_rn(1.0, floored(tl.sqrt_rn(tl.sum(b_tt, 0))))
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        b_t = tl.load(text + o_c, mask=o_c < C, other=0.0)
+        tl.store(unit + i * C + o_c, (b_t * b_inv).to(unit.dtype.element_ty), mask=o_c < C)
+
+
+@triton.jit(do_not_specialize=["W", "K", "tiles"])
+def score_map_bwd_image_kernel(
+    grad,
+    image,
+    text,
+    dimage,
+    inverse,
+    N,
+    W,
+    K,
+    C,
+    tiles,
+    s_gb,
+    s_gc,
+    s_gh,
+    s_gw,
+    s_xb,
+    s_xc,
+    s_xh,
+    s_xw,
+    s_tb,
+    s_tk,
+    s_ob,
+    s_oc,
+    s_oh,
+    s_ow,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    BK2: tl.constexpr,
+    ONE: tl.constexpr,
+    LAYOUT_GRAD: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    LAYOUT_OUT: tl.constexpr,
+    VEC_GRAD: tl.constexpr,
+    VEC: tl.constexpr,
+    VEC_OUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CONCAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx_n = sum_k g_nk t_k;  NORMALIZE, t being of unit length:  dx_n = (d - (d x_n') x_n') / |x_n|  with d that sum
+    and x_n' = x_n / |x_n|; also 1 / |x_n| in ``inverse``, [B, N].  CONCAT: plus the gradient of the image part.
+
+    ONE: all tokens at once, BK + BK2 at most; else blocks of BK.
+    """
+    i = tl.program_id(0)
+    i_t = i % tiles
+    i_b = (i // tiles).to(tl.int64)
+    K = K * VEC_GRAD
+    grad += i_b * s_gb * VEC_GRAD
+    image += i_b * s_xb * VEC
+    text += i_b * s_tb
+    dimage += i_b * s_ob * VEC_OUT
+    s_gw = s_gw * VEC_GRAD
+    s_xw = s_xw * VEC
+    s_ow = s_ow * VEC_OUT
+    # The scores' gradient lies behind the image part's.
+    i_g = C if CONCAT else 0
+
+    if ONE:
+        b_g = load_tile(grad, i_t, i_g, N, W, i_g + K, s_gc, s_gh, s_gw, BN, BK, LAYOUT_GRAD)  # [BN, BK]
+        if BK2 > 0:
+            b_g2 = load_tile(grad, i_t, i_g + BK, N, W, i_g + K, s_gc, s_gh, s_gw, BN, BK2, LAYOUT_GRAD)  # [BN, BK2]
+
+    if NORMALIZE:
+        b_xx = tl.zeros([BN], tl.float32)
+        b_r = tl.zeros([BN], tl.float32)
+        for i_k in range(0, 1 if ONE else K, BK):
+            b_xx = tl.zeros([BN], tl.float32)
+            b_s = tl.zeros([BN, BK], tl.float32)
+            if BK2 > 0:
+                b_s2 = tl.zeros([BN, BK2], tl.float32)
+            for i_c in range(0, C, BC):
+                b_x = load_tile(image, i_t, i_c, N, W, C, s_xc, s_xh, s_xw, BN, BC, LAYOUT)  # [BN, BC]
+                b_t = load_text(text, i_k, i_c, K, C, s_tk, BK, BC)  # [BK, BC]
+                b_s = tl.dot(b_x, tl.trans(b_t), b_s, input_precision=PRECISION)
+                if BK2 > 0:
+                    b_t2 = load_text(text, BK, i_c, K, C, s_tk, BK2, BC)  # [BK2, BC]
+                    b_s2 = tl.dot(b_x, tl.trans(b_t2), b_s2, input_precision=PRECISION)
+                b_xx += square_sum(b_x)
+            if not ONE:
+                b_g = load_tile(grad, i_t, i_g + i_k, N, W, i_g + K, s_gc, s_gh, s_gw, BN, BK, LAYOUT_GRAD)
+            b_r += tl.sum(b_s * b_g, 1)
+            if BK2 > 0:
+                b_r += tl.sum(b_s2 * b_g2, 1)
+        b_norm = tl.sqrt_rn(b_xx)
+        b_inv = tl.div_rn(1.0, floored(b_norm))  # [BN]
+        o_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN)
+        tl.store(inverse + i_b * N + o_n, b_inv, mask=o_n < N)
+        # Below the floor the divisor is a constant.
+        b_r = tl.where(b_norm < FLOOR, 0.0, b_r * b_inv * b_inv)
+
+    for i_c in range(0, C, BC):
+        b_d = tl.zeros([BN, BC], tl.float32)
+        for i_k in range(0, 1 if ONE else K, BK):
+            if not ONE:
+                b_g = load_tile(grad, i_t, i_g + i_k, N, W, i_g + K, s_gc, s_gh, s_gw, BN, BK, LAYOUT_GRAD)
+            b_t = load_text(text, i_k, i_c, K, C, s_tk, BK, BC)
+            b_d = tl.dot(b_g, b_t, b_d, input_precision=PRECISION)
+        if BK2 > 0:
+            b_t2 = load_text(text, BK, i_c, K, C, s_tk, BK2, BC)
+            b_d = tl.dot(b_g2, b_t2, b_d, input_precision=PRECISION)
+        if NORMALIZE:
+            b_x = load_tile(image, i_t, i_c, N, W, C, s_xc, s_xh, s_xw, BN, BC, LAYOUT)
+            b_d = (b_d - b_x * b_r[:, None]) * b_inv[:, None]
+        if CONCAT:
+            b_d += load_tile(grad, i_t, i_c, N, W, C, s_gc, s_gh, s_gw, BN, BC, LAYOUT_GRAD)
+        store_tile(dimage, b_d, i_t, i_c, N, W, C, s_oc, s_oh, s_ow, BN, BC, LAYOUT_OUT)
+
+
+@triton.jit(do_not_specialize=["B", "W", "K", "tiles", "programs", "blocks", "columns"])
+def score_map_bwd_text_kernel(
+    grad,
+    image,
+    inverse,
+    dtext,
+    B,
+    N,
+    W,
+    K,
+    C,
+    tiles,
+    programs,
+    blocks,
+    columns,
+    s_gb,
+    s_gc,
+    s_gh,
+    s_gw,
+    s_xb,
+    s_xc,
+    s_xh,
+    s_xw,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    BK2: tl.constexpr,
+    LAYOUT_GRAD: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    VEC_GRAD: tl.constexpr,
+    VEC: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CONCAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_k = sum_n g_nk x_n, x_n over its norm if NORMALIZE, over the program's tiles of pixels, [programs, B, K, C].
+
+    A program has one of ``columns`` blocks of channels, and one of ``blocks`` blocks of tokens or all.
+    """
+    i = tl.program_id(0)
+    i_c = i % columns * BC
+    i_k = i // columns % blocks * BK
+    i_p = i // columns // blocks % programs
+    i_b = (i // columns // blocks // programs).to(tl.int64)
+    K = K * VEC_GRAD
+    grad += i_b * s_gb * VEC_GRAD
+    image += i_b * s_xb * VEC
+    s_gw = s_gw * VEC_GRAD
+    i_g = C if CONCAT else 0
+
+    # Transposed: the channels are a better M for the tensor cores than the tokens.
+    b_d = tl.zeros([BC, BK], tl.float32)
+    if BK2 > 0:
+        b_d2 = tl.zeros([BC, BK2], tl.float32)
+    for i_t in range(i_p, tiles, programs):
+        b_x = load_tile(image, i_t, i_c, N, W, C, s_xc, s_xh, s_xw * VEC, BN, BC, LAYOUT)  # [BN, BC]
+        b_g = load_tile(grad, i_t, i_g + i_k, N, W, i_g + K, s_gc, s_gh, s_gw, BN, BK, LAYOUT_GRAD)  # [BN, BK]
+        if NORMALIZE:
+            o_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN)
+            b_inv = tl.load(inverse + i_b * N + o_n, mask=o_n < N, other=0.0)  # [BN]
+            b_x = (b_x * b_inv[:, None]).to(b_g.dtype)
+        b_d = tl.dot(tl.trans(b_x), b_g, b_d, input_precision=PRECISION)
+        if BK2 > 0:
+            b_g2 = load_tile(grad, i_t, i_g + BK, N, W, i_g + K, s_gc, s_gh, s_gw, BN, BK2, LAYOUT_GRAD)  # [BN, BK2]
+            b_d2 = tl.dot(tl.trans(b_x), b_g2, b_d2, input_precision=PRECISION)
+    dtext += (i_p * B + i_b) * K * C
+    o_c = i_c + tl.arange(0, BC)
+    o_k = i_k + tl.arange(0, BK)
+    m_d = (o_c < C)[:, None] & (o_k < K)[None, :]
+    tl.store(dtext + o_c[:, None] + o_k.to(tl.int64)[None, :] * C, b_d.to(dtext.dtype.element_ty), mask=m_d)
+    if BK2 > 0:
+        o_k2 = BK + tl.arange(0, BK2)
+        m_d2 = (o_c < C)[:, None] & (o_k2 < K)[None, :]
+        tl.store(dtext + o_c[:, None] + o_k2.to(tl.int64)[None, :] * C, b_d2.to(dtext.dtype.element_ty), mask=m_d2)
+
+
+@triton.jit
+def sum_partials(partials, i_c, rows, C, programs, BP: tl.constexpr, BC: tl.constexpr):
+    """Channels from ``i_c`` on of a row's sum, always in the same order. [BC]"""
+    o_c = i_c + tl.arange(0, BC)
+    b_d = tl.zeros([BC], tl.float32)
+    for i_p in range(0, programs, BP):
+        o_p = i_p + tl.arange(0, BP)
+        o_d = o_p.to(tl.int64)[:, None] * rows * C + o_c[None, :]
+        m_d = (o_p < programs)[:, None] & (o_c < C)[None, :]
+        b_d += tl.sum(tl.load(partials + o_d, mask=m_d, other=0.0), 0)
+    return b_d
+
+
+@triton.jit(do_not_specialize=["rows", "K", "programs"])
+def score_map_bwd_sum_kernel(
+    partials,
+    text,
+    dtext,
+    rows,
+    K,
+    C,
+    programs,
+    s_tb,
+    s_tk,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """d_k summed over the programs;  NORMALIZE:  dt_k = (d_k - (d_k t_k') t_k') / |t_k|  with t_k' = t_k / |t_k|.
+
+    [programs, rows, C] to [rows, C], rows = B K.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    text += i // K * s_tb + i % K * s_tk
+    partials += i * C
+    dtext += i * C
+    b_r = tl.zeros([BC], tl.float32)
+    b_tt = tl.zeros([BC], tl.float32)
+    if NORMALIZE:
+        for i_c in range(0, C, BC):
+            o_c = i_c + tl.arange(0, BC)
+            b_t = tl.load(text + o_c, mask=o_c < C, other=0.0).to(tl.float32)  # [BC]
+            b_r += b_t * sum_partials(partials, i_c, rows, C, programs, BP, BC)
+            b_tt += b_t * b_t
+        b_norm = tl.sqrt_rn(tl.sum(b_tt, 0))
+        b_inv = tl.div_rn(1.0, floored(b_norm))
+        b_a = tl.where(b_norm < FLOOR, 0.0, tl.sum(b_r, 0) * b_inv * b_inv)
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        b_d = sum_partials(partials, i_c, rows, C, programs, BP, BC)  # [BC]
+        if NORMALIZE:
+            b_t = tl.load(text + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+            b_d = (b_d - b_t * b_a) * b_inv
+        tl.store(dtext + o_c, b_d.to(dtext.dtype.element_ty), mask=o_c < C)
+
+
+class Setting(NamedTuple):
+    """Pixels, channels and tokens of a tile; BK2 more tokens where one block is a bit too small."""
+
+    BN: int
+    BC: int
+    BK: int
+    BK2: int
+    num_warps: int
+    num_stages: int
+
+
+SETTINGS = {
+    ("fwd", "16", 0): Setting(64, 64, 32, 0, 4, 3),
+    ("fwd", "16", 32): Setting(64, 64, 32, 0, 4, 3),
+    ("fwd", "16", 64): Setting(128, 64, 64, 0, 8, 3),
+    ("fwd", "16", 128): Setting(128, 64, 128, 0, 8, 3),
+    ("fwd", "16", 160): Setting(128, 64, 128, 32, 8, 3),
+}
+
+
+class View(NamedTuple):
+    """How an image lies in memory, ``strides`` being those of batch, channels, rows and pixels.
+
+    In CHANNELS_LAST the first and the last are in units of ``vec`` elements, of which 16 bytes hold a multiple.
+    """
+
+    layout: int
+    vec: int
+    strides: tuple[int, int, int, int]
+
+
+def view(image: Tensor, *multiples: int) -> View:
+    """``multiples`` are other numbers that ``vec`` has to divide."""
+    s_b, s_c, s_h, s_w = (0 if size == 1 else stride for size, stride in zip(image.shape, image.stride(), strict=True))
+    channels, height, width = image.shape[1:]
+    s_n = s_h if width == 1 else s_w
+    if height == 1 or width == 1 or s_h == width * s_w:
+        if s_c == 1 or channels == 1:
+            vec = gcd(16 // image.element_size(), s_b, s_n, *multiples)
+            return View(CHANNELS_LAST.value, vec, (s_b // vec, 1, 0, s_n // vec))
+        if s_n == 1 or height * width == 1:
+            return View(NCHW.value, 1, (s_b, s_c, 0, 1))
+    return View(STRIDED.value, 1, (s_b, s_c, s_h, s_w))
+
+
+BC_ROWS = 512
+
+
+def rows(text: Tensor) -> Tensor:
+    return text if text.stride(2) == 1 else text.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def blocks_of(count: int, setting: Setting) -> int:
+    return 1 if count <= setting.BK + setting.BK2 else cdiv(count, setting.BK)
+
+
+def on_device(image: Tensor) -> AbstractContextManager:
+    return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
+
+
+def precision(image: Tensor) -> str:
+    tf32 = image.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@cache
+def device_of(index: int | None) -> tuple[int, int]:
+    """Architecture, 10 times the compute capability, and the number of multiprocessors."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(image: Tensor) -> int:
+    return device_of(image.device.index)[1] if image.is_cuda else 132
+
+
+def choose(kernel, image, count, vec, programs):
+    bucket = next((size for size in (32, 64, 128, 160) if count <= size), 128)
+    s = SETTINGS["fwd", "16", bucket]
+    return s if programs(s) * blocks_of(count, s) >= processors(image) else SETTINGS["fwd", "16", 0]
+
+
+def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, out: Tensor) -> None:
+    """Fills ``out``, ``[B, K, H, W]`` or ``[B, C + K, H, W]``, from ``[B, C, H, W]`` and ``[B, K, C]``."""
+    text = rows(text)
+    batch, channels, height, width = image.shape
+    count, pixels = text.shape[1], height * width
+    x, o = view(image), view(out, count, channels if concat else 0)
+    s = choose("fwd", image, count, o.vec, lambda s: batch * cdiv(pixels, s.BN))
+    tiles, blocks = cdiv(pixels, s.BN), blocks_of(count, s)
+    with on_device(image):
+        score_map_fwd_kernel[(batch * tiles * blocks,)](
+            image,
+            text,
+            out,
+            pixels,
+            width,
+            count // o.vec,
+            channels,
+            tiles,
+            blocks,
+            *x.strides,
+            *text.stride()[:2],
+            *o.strides,
+            LAYOUT=x.layout,
+            LAYOUT_OUT=o.layout,
+            VEC=x.vec,
+            VEC_OUT=o.vec,
+            NORMALIZE=normalize,
+            CONCAT=concat,
+            PRECISION=precision(image),
+            **s._asdict(),
+        )
+
+
+def score_map_bwd(
+    grad: Tensor, image: Tensor, text: Tensor, normalize: bool, concat: bool, dimage: Tensor, dtext: Tensor
+) -> None:
+    """Fills ``dimage`` and ``dtext``, alike in shape to ``image`` and ``text``; ``grad`` is that of ``out``."""
+    text = rows(text)
+    batch, channels, height, width = image.shape
+    count, pixels = text.shape[1], height * width
+    g, x, o = view(grad, count, channels if concat else 0), view(image), view(dimage)
+    layouts = {"LAYOUT_GRAD": g.layout, "LAYOUT": x.layout, "VEC_GRAD": g.vec, "VEC": x.vec}
+    modes = {"NORMALIZE": normalize, "CONCAT": concat}
+    with on_device(image):
+        unit, inverse = text, None
+        if normalize:
+            unit = torch.empty(text.shape, dtype=text.dtype, device=text.device)
+            inverse = torch.empty(batch, pixels, dtype=torch.float32, device=text.device)
+            score_map_unit_kernel[(batch * count,)](text, unit, count, channels, *text.stride()[:2], BC=BC_ROWS)
+
+        s = choose("image", image, count, g.vec, lambda s: batch * cdiv(pixels, s.BN))
+        tiles = cdiv(pixels, s.BN)
+        score_map_bwd_image_kernel[(batch * tiles,)](
+            grad,
+            image,
+            unit,
+            dimage,
+            inverse,
+            pixels,
+            width,
+            count // g.vec,
+            channels,
+            tiles,
+            *g.strides,
+            *x.strides,
+            *unit.stride()[:2],
+            *o.strides,
+            ONE=count <= s.BK + s.BK2,
+            LAYOUT_OUT=o.layout,
+            VEC_OUT=o.vec,
+            PRECISION=precision(image),
+            **layouts,
+            **modes,
+            **s._asdict(),
+        )
+
+        s = choose("text", image, count, g.vec, lambda s: batch * cdiv(channels, s.BC) * cdiv(pixels, 8 * s.BN))
+        tiles, columns, blocks = cdiv(pixels, s.BN), cdiv(channels, s.BC), blocks_of(count, s)
+        programs = max(1, min(tiles, processors(image) // (batch * columns * blocks)))
+        direct = programs == 1 and not normalize
+        sums = dtext if direct else torch.empty(programs, *dtext.shape, dtype=torch.float32, device=dtext.device)
+        score_map_bwd_text_kernel[(batch * programs * blocks * columns,)](
+            grad,
+            image,
+            inverse,
+            sums,
+            batch,
+            pixels,
+            width,
+            count // g.vec,
+            channels,
+            tiles,
+            programs,
+            blocks,
+            columns,
+            *g.strides,
+            *x.strides,
+            PRECISION=precision(image),
+            **layouts,
+            **modes,
+            **s._asdict(),
+        )
+        if not direct:
+            score_map_bwd_sum_kernel[(batch * count,)](
+                sums,
+                text,
+                dtext,
+                batch * count,
+                count,
+                channels,
+                programs,
+                *text.stride()[:2],
+                BP=8,
+                BC=BC_ROWS,
+                NORMALIZE=normalize,
+            )
