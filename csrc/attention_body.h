@@ -132,7 +132,7 @@ FUSEKERN_INLINE void tile_of(int64_t rows, const float* a, int64_t step, int64_t
   tile<A, M, N, AM>(a, step, count, b, done);
 }
 
-// MW rows whose sums may be long: terms are added up in spans first, which keeps rounding errors small.
+// MW rows whose sums may be long, and are added up in spans first: that keeps rounding errors small.
 template <class A, int N, class B, class Done>
 FUSEKERN_INLINE void long_tile(const float* a, int64_t step, int64_t count, B b, Done done) {
   constexpr int64_t SPAN = 256;
@@ -173,6 +173,7 @@ struct Runs {
 template <class A, bool MOST>
 static void score(const float* tall, const float* columns, int64_t K, int64_t d, int vectors, float factor,
                   float* scores, V* most) {
+  constexpr int64_t SPAN = 64;  // long sums are added up in spans first, which keeps rounding errors small
   const Runs runs(K);
   if (MOST)
     for (int j = 0; j < vectors; ++j) most[j] = set1(LEAST);
@@ -182,14 +183,19 @@ static void score(const float* tall, const float* columns, int64_t K, int64_t d,
       float* to = scores + begin * LD + j * W;
       V top[N.COUNT];
       for (int i = 0; i < N.COUNT; ++i) top[i] = MOST ? most[j + i] : zero();
-      tile_of<A, N.COUNT, 1>(
-          size, tall + begin * units<A>(d), size, units<A>(d),
-          [=](int64_t c, int i) { return load(columns + c * PB + (j + i) * W); },
-          [&](int m, int i, V x) {
-            x = x * set1(factor);
-            store(to + m * LD + i * W, x);
-            if (MOST) top[i] = max(x, top[i]);
-          });
+      for (int64_t u = 0; u < units<A>(d); u += SPAN) {
+        const bool last = u + SPAN >= units<A>(d);
+        tile_of<A, N.COUNT, 1>(
+            size, tall + begin * units<A>(d) + u * size, size, last ? units<A>(d) - u : SPAN,
+            [=](int64_t c, int i) { return load(columns + (u + c) * PB + (j + i) * W); },
+            [&](int m, int i, V x) {
+              float* at = to + m * LD + i * W;
+              if (u > 0) x = x + load(at);
+              if (last) x = x * set1(factor);
+              store(at, x);
+              if (MOST && last) top[i] = max(x, top[i]);
+            });
+      }
       if (MOST)
         for (int i = 0; i < N.COUNT; ++i) most[j + i] = top[i];
     });

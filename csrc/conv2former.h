@@ -11,7 +11,7 @@ struct Conv2former {
   bool bf16, pairs;   // bf16, else fp32; multiplied in pairs
   Tokens query, out;  // [B, K, C]
   Map tokens;         // [B, C, H, W]
-  float* lse;         // [B heads][K]: log2 of the sum of 2^(log2(e) score)
+  float* lse;         // [B heads][K]: log2 of the mean of e^score over the tokens
 
   // Of the backward alone.
   Tokens grad, dquery;  // [B, K, C]

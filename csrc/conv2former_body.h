@@ -2,8 +2,9 @@
 //
 // A block of tokens x of one head is key and value alike and is read once. With the query scaled by scale log2(e),
 //   forward   S = Q x;  m' = max(m, max S);  E = 2^(S - m');  A = 2^(m - m') A + E x^T, and the sum of E likewise
-//             in the end out = A / sum E and lse = m + log2 sum E
-//   backward  P = 2^(S - lse);  D = scale P (g x - g . out);  dx = g^T P + Q^T D, in one sum;  dQ += D x^T
+//             in the end out = A / sum E and lse = m + log2 (sum E / N)
+//   backward  P = 2^(S - lse) / N;  D = scale P (g x - g . out);  dx = g^T P + Q^T D, in one sum;  dQ += D x^T
+// Without the N, the number of tokens, lse would be large, and P would suffer from its rounding.
 #pragma once
 
 #include "attention_body.h"
@@ -89,7 +90,7 @@ static void forward(const Conv2former& op, float* scratch, int64_t begin, int64_
       const float total = sum(load(state.total + k * W)), factor = 1.f / total;
       for (int64_t i = 0; i < d; i += W)
         store_channels(out, first_query + k, i, d, load(sums + k * length + i) * set1(factor));
-      op.lse[head * size.K + first_query + k] = state.most[k] + __builtin_log2f(total);
+      op.lse[head * size.K + first_query + k] = state.most[k] + __builtin_log2f(total / static_cast<float>(N));
     }
   }
 }
@@ -127,24 +128,34 @@ static void pack(const Conv2former& op, int64_t begin, int64_t end) {
 }
 
 // On entry scores and the products g x in dscores; on exit D, by pixels, and joined P and, below it, joined D.
+// `dot` is g . out, the mean of the products; null where all tokens lie in this block, which give it more exactly.
 template <class A>
 static void softmax_backward(float* scores, float* dscores, int64_t K, int pixels, const float* lse, const float* dot,
-                             float scale, float* joined) {
-  for (int64_t u = 0; u < units<A>(K); ++u)
-    for (int j = 0; j * W < pixels; ++j) {
-      V P[A::PER], D[A::PER];
-      for (int i = 0; i < A::PER; ++i) {
-        const int64_t k = u * A::PER + i, at = k * LD + j * W;
-        P[i] = D[i] = zero();
-        if (k < K) {
-          P[i] = exp2(load(scores + at) - set1(lse[k]));
-          D[i] = P[i] * set1(scale) * (load(dscores + at) - set1(dot[k]));
-          A::store_pixels(dscores + k * LD, j * W, only(D[i], first(pixels - j * W)));
-        }
+                             float share, float scale, float* joined) {
+  const int vectors = (pixels + W - 1) / W;
+  for (int64_t u = 0; u < units<A>(K); ++u) {
+    V P[4][A::PER], D[4][A::PER];
+    for (int i = 0; i < A::PER; ++i) {
+      const int64_t k = u * A::PER + i;
+      V mean = zero();
+      for (int j = 0; j < vectors; ++j) {
+        P[j][i] = D[j][i] = zero();
+        if (k >= K) continue;
+        P[j][i] = only(exp2(load(scores + k * LD + j * W) - set1(lse[k])) * set1(share), first(pixels - j * W));
+        mean = fma(P[j][i], load(dscores + k * LD + j * W), mean);
       }
-      store(joined + u * LD + j * W, A::join(P));
-      if (A::PER > 1) store(joined + (units<A>(K) + u) * LD + j * W, A::join(D));
+      if (k >= K) continue;
+      mean = set1(dot ? dot[k] : sum(mean));
+      for (int j = 0; j < vectors; ++j) {
+        D[j][i] = P[j][i] * set1(scale) * (load(dscores + k * LD + j * W) - mean);
+        A::store_pixels(dscores + k * LD, j * W, only(D[j][i], first(pixels - j * W)));
+      }
     }
+    for (int j = 0; j < vectors; ++j) {
+      store(joined + u * LD + j * W, A::join(P[j]));
+      if (A::PER > 1) store(joined + (units<A>(K) + u) * LD + j * W, A::join(D[j]));
+    }
+  }
 }
 
 template <class A, class T>
@@ -171,7 +182,8 @@ static void backward(const Conv2former& op, float* scratch, int64_t begin, int64
       to_rows<A>(x, columns, d, buffer, rows);
       score<A, false>(packed.tall_query, columns, K, d, x.vectors(), size.scale * LOG2E, scores, nullptr);
       score<A, false>(packed.tall_grad, columns, K, d, x.vectors(), 1.f, dscores, nullptr);
-      softmax_backward<A>(scores, dscores, K, pixels, op.lse + head * K, packed.dot, size.scale, joined);
+      softmax_backward<A>(scores, dscores, K, pixels, op.lse + head * K, N > PB ? packed.dot : nullptr,
+                          1.f / static_cast<float>(N), size.scale, joined);
       spread<A, false, T>(joined, packed.wide, 2 * units<A>(K), d, nullptr, nullptr, nullptr, dx);
       gather<A>(dscores, to_pixel_units<A>(rows, pixels, d, row_units, pairs), K, d, units<A>(pixels), nullptr, dquery);
     }

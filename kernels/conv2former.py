@@ -387,10 +387,10 @@ SETTINGS = {
     ("half", 64): Setting(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("half", 128): Setting(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
     ("half", 256): Setting(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("odd", 16): Setting(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
-    ("odd", 32): Setting(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
-    ("odd", 64): Setting(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
-    ("odd", 128): Setting(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
+    ("odd", 16): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd", 32): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd", 64): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd", 128): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
     ("odd", 256): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
     ("tf32", 16): Setting(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2)),
     ("tf32", 32): Setting(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2)),
@@ -584,7 +584,8 @@ def compile_cases() -> Iterator[Case]:
     yield _case("bwd sum", conv2former_bwd_sum_kernel, "half", "bf16", 64, Tile(0, 0, 4, 3))
     for width in (64, 128):
         yield from _cases("odd", "bf16", width, SETTINGS["odd", width], "nchw")
-        yield from _cases("odd", "bf16", width - 14, SETTINGS["odd", width], "strided")
+        for kind, dtype in (("odd", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
+            yield from _cases(kind, dtype, width - 14, SETTINGS[kind, width], "strided")
 
 
 def _cases(kind: str, dtype: str, width: int, setting: Setting, layout: str = "channels_last") -> Iterator[Case]:
@@ -624,7 +625,7 @@ def _case(
         (types if key in types else constexprs)[key] = value
     params = [param for param in kernel.params if param.name not in constexprs]
     # The number of tokens matters where they lie side by side.
-    odd = ("N", "s_") if kind == "odd" else () if layout == "nchw" else ("N",)
+    odd = ("N", "s_") if kind == "odd" or layout == "strided" else () if layout == "nchw" else ("N",)
     divisible = [p.name for p in params if not p.do_not_specialize and p.name != "scale" and not p.name.startswith(odd)]
     return Case(
         kernel,

@@ -154,7 +154,7 @@ def test_hash_leaves_comments_out(tmp_path):
     plain = code('def f(x):\n    """What it does."""\n    if x:\n        x = 1  # why\n    return x\n')
     assert plain == code("def f(x):\n    # why\n\n    if x:\n        x = 1\n    return x\n")[:0] + plain
     assert code("def f(x):\n    if x:\n        x = 1\n    return x\n") == code(
-        'def f(x):\n    # why\n    if x:\n\n        x = 1  # or not\n    return x\n'
+        "def f(x):\n    # why\n    if x:\n\n        x = 1  # or not\n    return x\n"
     )
     assert code("if x:\n    y = 1\n    z = 2\n") != code("if x:\n    y = 1\nz = 2\n")
     assert code("y = 'a'\n") != code("y = 'b'\n")
