@@ -128,26 +128,31 @@ static void pack(const Conv2former& op, int64_t begin, int64_t end) {
 }
 
 // On entry scores and the products g x in dscores; on exit D, by pixels, and joined P and, below it, joined D.
-// `dot` is g . out, the mean of the products; null where all tokens lie in this block, which give it more exactly.
+// N pixels in all. Where they lie in this one block, it gives the sum of P and the mean g . out free of rounding in
+// lse and out: if one token outweighs the others, its D is what these leave of a difference.
 template <class A>
-static void softmax_backward(float* scores, float* dscores, int64_t K, int pixels, const float* lse, const float* dot,
-                             float share, float scale, float* joined) {
+static void softmax_backward(float* scores, float* dscores, int64_t K, int pixels, int64_t N, const float* lse,
+                             const float* dot, float scale, float* joined) {
   const int vectors = (pixels + W - 1) / W;
   for (int64_t u = 0; u < units<A>(K); ++u) {
     V P[4][A::PER], D[4][A::PER];
     for (int i = 0; i < A::PER; ++i) {
       const int64_t k = u * A::PER + i;
-      V mean = zero();
-      for (int j = 0; j < vectors; ++j) {
-        P[j][i] = D[j][i] = zero();
-        if (k >= K) continue;
-        P[j][i] = only(exp2(load(scores + k * LD + j * W) - set1(lse[k])) * set1(share), first(pixels - j * W));
-        mean = fma(P[j][i], load(dscores + k * LD + j * W), mean);
+      if (k >= K) {
+        for (int j = 0; j < vectors; ++j) P[j][i] = D[j][i] = zero();
+        continue;
       }
-      if (k >= K) continue;
-      mean = set1(dot ? dot[k] : sum(mean));
+      V total = zero(), products = zero();
       for (int j = 0; j < vectors; ++j) {
-        D[j][i] = P[j][i] * set1(scale) * (load(dscores + k * LD + j * W) - mean);
+        P[j][i] = only(exp2(load(scores + k * LD + j * W) - set1(lse[k])), first(pixels - j * W));
+        total = total + P[j][i];
+        products = fma(P[j][i], load(dscores + k * LD + j * W), products);
+      }
+      const float share = 1.f / (N == pixels ? sum(total) : static_cast<float>(N));
+      const float mean = N == pixels ? sum(products) * share : dot[k];
+      for (int j = 0; j < vectors; ++j) {
+        P[j][i] = P[j][i] * set1(share);
+        D[j][i] = P[j][i] * set1(scale) * (load(dscores + k * LD + j * W) - set1(mean));
         A::store_pixels(dscores + k * LD, j * W, only(D[j][i], first(pixels - j * W)));
       }
     }
@@ -182,8 +187,7 @@ static void backward(const Conv2former& op, float* scratch, int64_t begin, int64
       to_rows<A>(x, columns, d, buffer, rows);
       score<A, false>(packed.tall_query, columns, K, d, x.vectors(), size.scale * LOG2E, scores, nullptr);
       score<A, false>(packed.tall_grad, columns, K, d, x.vectors(), 1.f, dscores, nullptr);
-      softmax_backward<A>(scores, dscores, K, pixels, op.lse + head * K, N > PB ? packed.dot : nullptr,
-                          1.f / static_cast<float>(N), size.scale, joined);
+      softmax_backward<A>(scores, dscores, K, pixels, N, op.lse + head * K, packed.dot, size.scale, joined);
       spread<A, false, T>(joined, packed.wide, 2 * units<A>(K), d, nullptr, nullptr, nullptr, dx);
       gather<A>(dscores, to_pixel_units<A>(rows, pixels, d, row_units, pairs), K, d, units<A>(pixels), nullptr, dquery);
     }

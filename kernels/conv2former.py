@@ -379,19 +379,14 @@ class Setting(NamedTuple):
 
 
 # By the products' kind and the padded width of a head. The first side of a product fills the tensor cores of sm_90 from
-# 64 on: queries in fwd and dq, tokens in dx. "odd" is fp16 and bf16 without accesses of 16 bytes, where every element
-# has an address in a register; "ieee" is fp32 without tf32, which has no tensor cores and its operands in registers.
+# 64 on: queries in fwd and dq, tokens in dx. "ieee" is fp32 without tf32, which has no tensor cores and its operands in
+# registers; "odd" are tokens without accesses of 16 bytes, of which every element has an address in a register.
 SETTINGS = {
     ("half", 16): Setting(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("half", 32): Setting(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("half", 64): Setting(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("half", 128): Setting(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
     ("half", 256): Setting(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("odd", 16): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
-    ("odd", 32): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
-    ("odd", 64): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
-    ("odd", 128): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
-    ("odd", 256): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
     ("tf32", 16): Setting(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2)),
     ("tf32", 32): Setting(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2)),
     ("tf32", 64): Setting(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2)),
@@ -402,6 +397,16 @@ SETTINGS = {
     ("ieee", 64): Setting(Tile(32, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
     ("ieee", 128): Setting(Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
     ("ieee", 256): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 2)),
+    ("odd half", 16): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd half", 32): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd half", 64): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd half", 128): Setting(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd half", 256): Setting(Tile(32, 16, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("odd fp32", 16): Setting(Tile(16, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("odd fp32", 32): Setting(Tile(16, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("odd fp32", 64): Setting(Tile(16, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("odd fp32", 128): Setting(Tile(16, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("odd fp32", 256): Setting(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
 }
 # A GPU runs about as many programs at once as it has multiprocessors, an H100 or H200 132. The number is fixed: the
 # order of the sums, and so the bits of a result, shall not depend on the device.
@@ -438,11 +443,16 @@ def _layout(tokens: Tensor) -> tuple[str, tuple[int, int, int, int]]:
 
 def kind_of(tokens: Tensor, width: int) -> str:
     """Which products the launch settings are for, with heads of ``width`` channels."""
-    if tokens.dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     layout, (_, s_c, _, s_w) = _layout(tokens)
-    even = {"channels_last": s_w, "nchw": s_c, "strided": 1}[layout] % 16 == 0
-    return "half" if even and width % 16 == 0 else "odd"
+    odd = {"channels_last": s_w, "nchw": s_c, "strided": 1}[layout] % 16 > 0 or width % 16 > 0
+    if tokens.dtype == torch.float32:
+        return "odd fp32" if odd else _precision(tokens)
+    return "odd half" if odd else "half"
+
+
+def _precision(tokens: Tensor) -> str:
+    """Of fp32 products."""
+    return "tf32" if tokens.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -480,7 +490,7 @@ def conv2former_fwd(query: Tensor, tokens: Tensor, heads: int, scale: float, out
             BN=tile.tokens,
             LAYOUT=layout,
             SPLIT=splits > 1,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
+            PRECISION=_precision(tokens),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -518,7 +528,7 @@ def conv2former_bwd(
         "D": width,
         "BD": padded_width(width),
         "LAYOUT": layout,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "PRECISION": _precision(tokens),
     }
     with _device_of(tokens):
         grad, query, out = _rows(grad), _rows(query), _rows(out)
@@ -569,29 +579,37 @@ def _bwd_dq(grad, query, tokens, out, lse, delta, heads, scale, dquery, strides,
 def compile_cases() -> Iterator[Case]:
     """What the launchers can choose, for the gate in ``fusekern.kernels.aot``."""
     for (kind, width), setting in SETTINGS.items():
-        dtype = "bf16" if kind in ("half", "odd") else "fp32"
-        yield from _cases(kind, dtype, width, setting)
-        if kind == "half":
-            join = Tile(JOIN_QUERIES, 0, 4, 3)
-            yield _case("fwd split", conv2former_fwd_kernel, kind, dtype, width, setting.fwd, SPLIT=True, out="*fp32")
-            yield _case("fwd join", conv2former_fwd_join_kernel, kind, dtype, width, join)
-            yield _case("bwd alone", conv2former_bwd_dx_kernel, kind, dtype, width, setting.dx, ALONE=True)
+        if kind in ("tf32", "ieee"):
+            yield from _cases(kind, "fp32", width, setting, PRECISION=kind)
+        elif kind == "half":
+            join, alone = Tile(JOIN_QUERIES, 0, 4, 3), {"ALONE": True}
+            yield from _cases(kind, "bf16", width, setting)
+            yield _case("fwd split", conv2former_fwd_kernel, kind, "bf16", width, setting.fwd, SPLIT=True, out="*fp32")
+            yield _case("fwd join", conv2former_fwd_join_kernel, kind, "bf16", width, join)
+            yield _case("bwd alone", conv2former_bwd_dx_kernel, kind, "bf16", width, setting.dx, **alone)
     setting = SETTINGS["half", 64]
     yield from _cases("half", "fp16", 64, setting)
     yield from _cases("half", "bf16", 64, setting, "nchw")
-    yield _case("bwd alone", conv2former_bwd_dx_kernel, "half", "bf16", 64, setting.dx, "nchw", ALONE=True)
+    yield _case("bwd alone", conv2former_bwd_dx_kernel, "half", "bf16", 64, setting.dx, "nchw", **alone)
     yield _case("bwd dq split", conv2former_bwd_dq_kernel, "half", "bf16", 64, setting.dq, dquery="*fp32")
     yield _case("bwd sum", conv2former_bwd_sum_kernel, "half", "bf16", 64, Tile(0, 0, 4, 3))
-    for width in (64, 128):
-        yield from _cases("odd", "bf16", width, SETTINGS["odd", width], "nchw")
-        for kind, dtype in (("odd", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
-            yield from _cases(kind, dtype, width - 14, SETTINGS[kind, width], "strided")
+    for kind, dtype, precision in (
+        ("odd half", "bf16", "ieee"),
+        ("odd fp32", "fp32", "ieee"),
+        ("odd fp32", "fp32", "tf32"),
+    ):
+        yield from _cases(kind, dtype, 64, SETTINGS[kind, 64], "nchw", PRECISION=precision)
+        for width in (64, 128, 256):
+            setting = SETTINGS[kind, width]
+            yield from _cases(kind, dtype, width - width // 8 + 1, setting, "strided", PRECISION=precision)
 
 
-def _cases(kind: str, dtype: str, width: int, setting: Setting, layout: str = "channels_last") -> Iterator[Case]:
-    yield _case("fwd", conv2former_fwd_kernel, kind, dtype, width, setting.fwd, layout)
-    yield _case("bwd dq", conv2former_bwd_dq_kernel, kind, dtype, width, setting.dq, layout)
-    yield _case("bwd dx", conv2former_bwd_dx_kernel, kind, dtype, width, setting.dx, layout)
+def _cases(
+    kind: str, dtype: str, width: int, setting: Setting, layout: str = "channels_last", **more: object
+) -> Iterator[Case]:
+    yield _case("fwd", conv2former_fwd_kernel, kind, dtype, width, setting.fwd, layout, **more)
+    yield _case("bwd dq", conv2former_bwd_dq_kernel, kind, dtype, width, setting.dq, layout, **more)
+    yield _case("bwd dx", conv2former_bwd_dx_kernel, kind, dtype, width, setting.dx, layout, **more)
 
 
 def _case(
@@ -616,7 +634,7 @@ def _case(
         "LAYOUT_OUT": "nchw" if layout == "strided" else layout,
         "SPLIT": False,
         "ALONE": False,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "PRECISION": "ieee",
         **dict.fromkeys(units, 1),
     }
     types = dict.fromkeys(("query", "tokens", "out", "grad", "dquery", "dtokens"), f"*{dtype}")
@@ -624,12 +642,13 @@ def _case(
     for key, value in more.items():
         (types if key in types else constexprs)[key] = value
     params = [param for param in kernel.params if param.name not in constexprs]
+    number = ("odd " if kind.startswith("odd") else "") + (constexprs["PRECISION"] if dtype == "fp32" else dtype)
     # The number of tokens matters where they lie side by side.
-    odd = ("N", "s_") if kind == "odd" or layout == "strided" else () if layout == "nchw" else ("N",)
+    odd = ("N", "s_") if kind.startswith("odd") else () if layout == "nchw" else ("N",)
     divisible = [p.name for p in params if not p.do_not_specialize and p.name != "scale" and not p.name.startswith(odd)]
     return Case(
         kernel,
-        f"{name} {kind} {dtype} {width} {layout}",
+        f"{name} {number} {width} {layout}",
         {param.name: types.get(param.name, "i32") for param in params},
         {key: value for key, value in constexprs.items() if key in kernel.arg_names},
         tuple(divisible),

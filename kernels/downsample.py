@@ -39,6 +39,18 @@ def load_rows(source, o_m, m_m, i_c, s_c, C: tl.constexpr, BC: tl.constexpr, LAS
     return tl.trans(tl.load(source + o_x, mask=m_m[None, :] & (o_c < C)[:, None], other=0.0))
 
 
+@triton.jit
+def store_rows(target, b_y, o_m, m_m, i_c, s_c, C: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr):
+    """``BC`` channels from ``i_c`` on into some pixels; ``b_y`` is [BC, BM]."""
+    o_c = i_c + tl.arange(0, BC)
+    b_y = b_y.to(target.dtype.element_ty)
+    if LAST:
+        tl.store(target + (o_m[:, None] + o_c[None, :]), tl.trans(b_y), mask=m_m[:, None] & (o_c < C)[None, :])
+    else:
+        o_y = o_m[None, :] + o_c.to(tl.int64)[:, None] * s_c
+        tl.store(target + o_y, b_y, mask=m_m[None, :] & (o_c < C)[:, None])
+
+
 @triton.jit(do_not_specialize=["M", "H", "W", "h", "w", "blocks", "run"])
 def downsample_fwd_kernel(
     image,
@@ -81,12 +93,14 @@ def downsample_fwd_kernel(
     i_m = (i // tl.cdiv(C, BO) % blocks).to(tl.int64) * BM
     i_s = i // tl.cdiv(C, BO) // blocks
     i_b, i_y, i_x = patches(i_m, h, w, BM)
-    o_m = i_m + tl.arange(0, BM)
-    m_m = o_m < M
+    m_m = i_m + tl.arange(0, BM) < M
     o_o = i_o + tl.arange(0, BO)
     o_w = o_o.to(tl.int64)[:, None] * (9 * C) + tl.arange(0, BC)[None, :]  # [BO, BC]
     o_x = i_b * s_xb + (3 * i_y).to(tl.int64) * s_xh + (3 * i_x).to(tl.int64) * s_xw  # [BM]
 
+    # What of a patch lies in the image.
+    n_h = tl.where(m_m, H - 3 * i_y, 0)
+    n_w = W - 3 * i_x
     b_o = tl.zeros([BO, BM], tl.float32)
     for i in range(i_s * run, tl.minimum((i_s + 1) * run, 9 * tl.cdiv(C, BC))):
         i_t = i // tl.cdiv(C, BC)
@@ -96,23 +110,18 @@ def downsample_fwd_kernel(
         b_w = tl.load(weight + (i_t * C + i_c) + o_w, mask=m_w, other=0.0)  # [BO, BC]
         m_x = m_m
         if PADDED:
-            m_x = m_m & (3 * i_y + i_t // 3 < H) & (3 * i_x + i_t % 3 < W)
+            m_x = (i_t // 3 < n_h) & (i_t % 3 < n_w)
         b_x = load_rows(image + o_t, o_x, m_x, i_c, s_xc, C, BC, LAST)  # [BM, BC]
         b_o = tl.dot(b_w, tl.trans(b_x), b_o, input_precision=PRECISION)
 
-    m_o = m_m[:, None] & (o_o < C)[None, :]
     if SPLIT:
-        o_o = (tl.cast(i_s, tl.int64) * M + o_m)[:, None] * C + o_o[None, :]
-        tl.store(out + o_o, tl.trans(b_o), mask=m_o)
+        o_m = i_s.to(tl.int64) * M + i_m + tl.arange(0, BM)
+        store_rows(out, b_o, o_m * C, m_m, i_o, 1, C, BO, True)
     else:
         if BIAS:
             b_o += tl.load(bias + o_o, mask=o_o < C, other=0.0).to(tl.float32)[:, None]
         o_m = i_b * s_ob + i_y.to(tl.int64) * s_oh + i_x.to(tl.int64) * s_ow
-        b_o = b_o.to(out.dtype.element_ty)
-        if LAST_OUT:
-            tl.store(out + (o_m[:, None] + o_o[None, :]), tl.trans(b_o), mask=m_o)
-        else:
-            tl.store(out + (o_m[None, :] + o_o.to(tl.int64)[:, None] * s_oc), b_o, mask=tl.trans(m_o))
+        store_rows(out, b_o, o_m, m_m, i_o, s_oc, C, BO, LAST_OUT)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "h", "w"])
@@ -165,22 +174,17 @@ def downsample_bwd_image_kernel(
         b_g = load_rows(grad, o_g, m_m, i_o, s_gc, C, BC, LAST)  # [BM, BC]
         b_dx = tl.dot(tl.trans(b_w), tl.trans(b_g), b_dx, input_precision=PRECISION)
 
-    b_dx = b_dx.to(dimage.dtype.element_ty)
-    for i in tl.static_range(4 if BORDER else 1):
-        o_h = 3 * i_y + i_t // 3 + i // 2 * 3
-        o_w = 3 * i_x + i_t % 3 + i % 2 * 3
-        m_y = m_m & (o_h < H) & (o_w < W)
-        if i // 2 == 1:
-            m_y = m_y & (i_y == h - 1)
-        if i % 2 == 1:
-            m_y = m_y & (i_x == w - 1)
-        b_y = b_dx if i == 0 else tl.zeros_like(b_dx)
-        o_y = i_b * s_yb + o_h.to(tl.int64) * s_yh + o_w.to(tl.int64) * s_yw
-        if LAST_OUT:
-            tl.store(dimage + (o_y[:, None] + o_c[None, :]), tl.trans(b_y), mask=m_y[:, None] & m_c[None, :])
-        else:
-            o_y = o_y[None, :] + o_c.to(tl.int64)[:, None] * s_yc
-            tl.store(dimage + o_y, b_y, mask=m_y[None, :] & m_c[:, None])
+    o_h = 3 * i_y + i_t // 3
+    o_w = 3 * i_x + i_t % 3
+    o_y = i_b * s_yb + o_h.to(tl.int64) * s_yh + o_w.to(tl.int64) * s_yw  # [BM]
+    m_y = m_m & (o_h < H) & (o_w < W)
+    store_rows(dimage, b_dx, o_y, m_y, i_c, s_yc, C, BO, LAST_OUT)
+    if BORDER:
+        for i in range(1, 4):
+            m_y = m_m & (o_h + i // 2 * 3 < H) & (o_w + i % 2 * 3 < W)
+            m_y = m_y & (i_y >= i // 2 * (h - 1)) & (i_x >= i % 2 * (w - 1))
+            o_z = tl.cast(i // 2 * 3, tl.int64) * s_yh + tl.cast(i % 2 * 3, tl.int64) * s_yw
+            store_rows(dimage + o_z, tl.zeros([BO, BM], tl.float32), o_y, m_y, i_c, s_yc, C, BO, LAST_OUT)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "h", "w", "run"])
@@ -228,7 +232,7 @@ def downsample_bwd_weight_kernel(
         o_x = i_b * s_xb + (3 * i_y).to(tl.int64) * s_xh + (3 * i_x).to(tl.int64) * s_xw
         m_x = m_m
         if PADDED:
-            m_x = m_m & (3 * i_y + i_t // 3 < H) & (3 * i_x + i_t % 3 < W)
+            m_x = m_m & (i_t // 3 < H - 3 * i_y) & (i_t % 3 < W - 3 * i_x)
         b_g = load_rows(grad, o_g, m_m, i_o, s_gc, C, BO, LAST_GRAD)  # [BM, BO]
         b_x = load_rows(image, o_x, m_x, i_c, s_xc, C, BC, LAST)  # [BM, BC]
         b_dw = tl.dot(tl.trans(b_g), b_x, b_dw, input_precision=PRECISION)
@@ -314,7 +318,7 @@ SETTINGS = {
     ("ieee", "small"): Setting(Tile(64, 32, 16, 4, 3), Tile(64, 32, 16, 4, 3), Tile(64, 16, 64, 8, 3)),
     ("ieee", "medium"): Setting(Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 16, 64, 8, 3)),
     ("ieee", "large"): Setting(Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 2), Tile(128, 16, 128, 8, 3)),
-    ("odd", "any"): Setting(Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 32, 64, 8, 2)),
+    ("odd", "any"): Setting(Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2), Tile(64, 16, 64, 8, 2)),
 }
 # A GPU runs about as many programs at once as it has multiprocessors, an H100 or H200 132. The number is fixed: the
 # order of the sums, and so the bits of a result, shall not depend on the device.

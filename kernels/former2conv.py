@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from fusekern.kernels.aot import Case
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -593,10 +592,10 @@ def former2conv_bwd_dkv_kernel(
         b_dp = dot_channels(b_v, tl.trans(b_g), BC, PRECISION)  # [BK, BN]
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_x.dtype), b_x, b_dk, input_precision=PRECISION)
-    o_k, m_k = token_offsets(i_k, K, heads * D, D, BK, BD)
-    o_k += (i_p * B + i_b) * K * heads * D + i_h * D
-    tl.store(dkey + o_k, (b_dk * b_scale).to(dkey.dtype.element_ty), mask=m_k)
-    tl.store(dvalue + o_k, b_dv.to(dvalue.dtype.element_ty), mask=m_k)
+    o_s, m_s = token_offsets(i_k, K, heads * D, D, BK, BD)
+    o_s += (i_p * B + i_b) * K * heads * D + i_h * D
+    tl.store(dkey + o_s, (b_dk * b_scale).to(dkey.dtype.element_ty), mask=m_s)
+    tl.store(dvalue + o_s, b_dv.to(dvalue.dtype.element_ty), mask=m_s)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -643,30 +642,138 @@ class Setting(NamedTuple):
 
 
 ANY = float("inf")
-# By kernel; then by kind of product, 16 bits ("half") or fp32 in either precision, and head dimension, rounded up.
+HOPPER_ON, HOPPER, AMPERE, BLACKWELL = (90, 100), (90,), (80,), (100,)
+# By kernel, then by kind of product, which is 16 bits ("half") or either precision of fp32, and head dimension, of
+# which 64 stands for all below. None spills, in Triton 3.6 and 3.9; sm_80's fit into sm_86's 99 KiB of shared memory.
 SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
     "fwd": {
         ("half", 64): (
             Setting(32, 64, 32, stages=3, resident=4),
             Setting(64, 64, 64, stages=3, resident=3),
-            Setting(128, 64, 128),
+            Setting(128, 64, 128, resident=3),
             Setting(160, 64, 128, 32),
-            Setting(192, 64, 128, 64, archs=(90, 100)),
-        )
+            Setting(192, 64, 128, 64, archs=HOPPER_ON),
+        ),
+        ("half", 128): (Setting(32, 64, 32), Setting(64, 64, 64), Setting(128, 64, 128)),
+        ("half", 256): (
+            Setting(32, 64, 32, warps=8, resident=1),
+            Setting(64, 64, 64, warps=8, resident=1, archs=HOPPER_ON),
+        ),
+        ("tf32", 64): (Setting(32, 64, 32), Setting(64, 64, 64)),
+        ("tf32", 128): (Setting(32, 64, 32, warps=8, resident=1),),
     },
-    "fwd online": {(k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)},
-    "fwd strided": {(k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)},
-    "bwd": {("half", 64): (Setting(32, 64, 32, stages=3, resident=3), Setting(64, 64, 64))},
-    "bwd dx": {("half", 64): (Setting(128, 64, 128), Setting(160, 128, 128, 32, warps=8, resident=1, RELOAD=True))},
+    "fwd online": {
+        ("half", 64): (Setting(ANY, 128, 64, warps=8, archs=(80, 90)), Setting(ANY, 64, 64, archs=BLACKWELL)),
+        ("half", 128): (
+            Setting(ANY, 128, 64, warps=8, archs=HOPPER_ON),
+            Setting(ANY, 64, 32, RELOAD=True, archs=AMPERE),
+        ),
+        ("half", 256): (
+            Setting(ANY, 128, 32, warps=8, RELOAD=True, archs=HOPPER),
+            Setting(ANY, 64, 64, warps=8, RELOAD=True, archs=BLACKWELL),
+            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=AMPERE),
+        ),
+        ("tf32", 64): (Setting(ANY, 128, 32, warps=8),),
+        ("tf32", 128): (Setting(ANY, 64, 32, warps=8),),
+        ("tf32", 256): (
+            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=HOPPER_ON),
+            Setting(ANY, 32, 32, warps=8, stages=1, RELOAD=True, archs=AMPERE),
+        ),
+        ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, BC=16),),
+        ("ieee", 128): (Setting(ANY, 32, 32, warps=8, stages=1, BC=32),),
+        ("ieee", 256): (Setting(ANY, 32, 16, warps=8, stages=1, BC=16),),
+    },
+    "fwd strided": {
+        ("half", 64): (Setting(ANY, 32, 32, warps=8, stages=1),),
+        ("half", 128): (Setting(ANY, 32, 32, warps=8, stages=1),),
+        ("half", 256): (Setting(ANY, 16, 32, warps=8, stages=1),),
+        ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, BC=16),),
+        ("ieee", 128): (Setting(ANY, 32, 16, warps=8, stages=1, RELOAD=True, BC=16),),
+        ("ieee", 256): (Setting(ANY, 16, 16, warps=8, stages=1, RELOAD=True, BC=16),),
+    },
+    "bwd": {
+        ("half", 64): (
+            Setting(32, 64, 32, stages=3, resident=3),
+            Setting(64, 64, 64, archs=HOPPER_ON),
+        ),
+        ("half", 128): (Setting(32, 64, 32, warps=8, resident=1, archs=HOPPER_ON),),
+        ("tf32", 64): (
+            Setting(32, 64, 32, archs=HOPPER_ON),
+            Setting(32, 64, 32, warps=8, resident=1, archs=AMPERE),
+        ),
+        ("ieee", 64): (Setting(32, 16, 32, warps=8, stages=1, RELOAD=True, BC=16),),
+    },
+    "bwd dx": {
+        ("half", 64): (
+            Setting(128, 64, 128),
+            Setting(160, 128, 128, 32, warps=8, resident=1, RELOAD=True, archs=HOPPER),
+        ),
+        ("half", 128): (
+            Setting(64, 64, 64, warps=8, resident=1, RELOAD=True),
+            Setting(128, 64, 128, warps=8, resident=1, RELOAD=True, archs=HOPPER_ON),
+        ),
+    },
     "bwd dx online": {
-        (k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)
+        ("half", 64): (Setting(ANY, 128, 64, warps=8),),
+        ("half", 128): (
+            Setting(ANY, 128, 64, warps=8, archs=HOPPER_ON),
+            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=AMPERE),
+        ),
+        ("half", 256): (
+            Setting(ANY, 128, 32, warps=8, RELOAD=True, archs=HOPPER),
+            Setting(ANY, 64, 64, warps=8, RELOAD=True, archs=BLACKWELL),
+            Setting(ANY, 32, 32, RELOAD=True, archs=AMPERE),
+        ),
+        ("tf32", 64): (Setting(ANY, 64, 32, archs=HOPPER_ON), Setting(ANY, 64, 32, warps=8, archs=AMPERE)),
+        ("tf32", 128): (
+            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=HOPPER_ON),
+            Setting(ANY, 32, 32, warps=8, RELOAD=True, archs=AMPERE),
+        ),
+        ("tf32", 256): (Setting(ANY, 16, 32, warps=8, stages=1, RELOAD=True),),
+        ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, BC=16),),
+        ("ieee", 128): (Setting(ANY, 32, 16, warps=8, stages=1, BC=16),),
+        ("ieee", 256): (Setting(ANY, 16, 16, warps=8, stages=1, BC=16),),
     },
     "bwd dx strided": {
-        (k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)
+        ("half", 64): (Setting(ANY, 32, 32, warps=8, stages=1, RELOAD=True),),
+        ("half", 128): (Setting(ANY, 32, 32, warps=8, stages=1, RELOAD=True),),
+        ("half", 256): (Setting(ANY, 16, 16, warps=8, stages=1, RELOAD=True),),
+        ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, RELOAD=True, BC=16),),
+        ("ieee", 128): (Setting(ANY, 32, 16, warps=8, stages=1, RELOAD=True, BC=16),),
+        ("ieee", 256): (Setting(ANY, 16, 16, warps=8, stages=1, RELOAD=True, BC=16),),
     },
-    "bwd dkv": {(k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)},
+    "bwd dkv": {
+        ("half", 64): (
+            Setting(128, 64, 128, warps=8, stages=3, resident=1, archs=HOPPER_ON),
+            Setting(192, 64, 64, stages=3, archs=HOPPER_ON),
+            Setting(ANY, 64, 128, warps=8, stages=3, resident=1, archs=HOPPER_ON),
+            Setting(ANY, 32, 64, archs=AMPERE),
+        ),
+        ("half", 128): (Setting(ANY, 64, 64, warps=8, resident=1),),
+        ("half", 256): (
+            Setting(ANY, 32, 64, warps=8, resident=1, archs=HOPPER_ON),
+            Setting(ANY, 32, 32, warps=8, resident=1, archs=AMPERE),
+        ),
+        ("tf32", 64): (Setting(ANY, 32, 64, archs=HOPPER_ON), Setting(ANY, 32, 32, archs=AMPERE)),
+        ("tf32", 128): (
+            Setting(ANY, 32, 64, warps=8, resident=1, archs=HOPPER_ON),
+            Setting(ANY, 32, 32, warps=8, resident=1, archs=AMPERE),
+        ),
+        ("tf32", 256): (
+            Setting(ANY, 16, 32, warps=8, stages=1, resident=1, archs=HOPPER_ON),
+            Setting(ANY, 16, 16, warps=8, stages=1, resident=1, archs=AMPERE),
+        ),
+        ("ieee", 64): (Setting(ANY, 16, 32, warps=8, stages=1, resident=1, BC=16),),
+        ("ieee", 128): (Setting(ANY, 16, 16, warps=8, stages=1, resident=1, BC=16),),
+        ("ieee", 256): (Setting(ANY, 16, 8, warps=8, stages=1, resident=1, BC=16),),
+    },
     "bwd dkv strided": {
-        (k, d): (Setting(ANY, 32, 32, warps=8, BC=32),) for k in ("half", "ieee") for d in (64, 128, 256)
+        ("half", 64): (Setting(ANY, 32, 32, warps=8, stages=1, resident=1),),
+        ("half", 128): (Setting(ANY, 16, 32, warps=8, stages=1, resident=1),),
+        ("half", 256): (Setting(ANY, 16, 16, warps=8, stages=1, resident=1),),
+        ("ieee", 64): (Setting(ANY, 16, 16, warps=8, stages=1, resident=1, BC=16),),
+        ("ieee", 128): (Setting(ANY, 16, 8, warps=8, stages=1, resident=1, BC=16),),
+        ("ieee", 256): (Setting(ANY, 16, 4, warps=8, stages=1, resident=1, BC=16),),
     },
 }
 # How often the programs fill the GPU: more even out its multiprocessors, and fewer load the tokens less often. What
@@ -732,11 +839,12 @@ def _rows(tokens: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return tokens.clone(memory_format=torch.contiguous_format), (count * channels, channels)
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _kind(dtype: torch.dtype, layout: str) -> str:
     if dtype != torch.float32:
         return "half"
     # Not ``allow_tf32``: reading that raises where the newer setting is in use.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and layout != "strided" else "ieee"
 
 
 @lru_cache
@@ -771,7 +879,8 @@ def former2conv_fwd(image: Tensor, key: Tensor, value: Tensor, heads: int, scale
     """Fills ``out`` ``[B, C, H, W]``."""
     batch, channels, height, width = image.shape
     size, count, head = height * width, key.shape[1], channels // heads
-    kind, layout = _kind(image.dtype), _layout(heads, image, out)
+    layout = _layout(heads, image, out)
+    kind = _kind(image.dtype, layout)
     arch, processors = _device(image.device)
     fast = layout != "strided"
     setting = setting_of("fwd", kind, head, count, arch) if fast else None
@@ -808,7 +917,8 @@ def former2conv_bwd(
     """Fills ``dimage`` ``[B, C, H, W]``, ``dkey`` and ``dvalue`` ``[B, K, C]``, which are contiguous."""
     batch, channels, height, width = image.shape
     size, count, head = height * width, key.shape[1], channels // heads
-    kind, layout = _kind(image.dtype), _layout(heads, grad, image, dimage)
+    layout = _layout(heads, grad, image, dimage)
+    kind = _kind(image.dtype, layout)
     arch, processors = _device(image.device)
     fast, rows = layout != "strided", batch * heads
     setting = setting_of("bwd", kind, head, count, arch) if fast else None
@@ -865,3 +975,61 @@ def _sums(dkey: Tensor, dvalue: Tensor, programs: int) -> Tensor | tuple[Tensor,
     if programs == 1:
         return dkey, dvalue
     return torch.empty((2, programs, *dkey.shape), dtype=torch.float32, device=dkey.device)
+
+
+KERNELS = {
+    "fwd": former2conv_fwd_kernel,
+    "fwd online": former2conv_fwd_online_kernel,
+    "fwd strided": former2conv_fwd_online_kernel,
+    "bwd": former2conv_bwd_kernel,
+    "bwd dx": former2conv_bwd_dx_kernel,
+    "bwd dx online": former2conv_bwd_dx_online_kernel,
+    "bwd dx strided": former2conv_bwd_dx_online_kernel,
+    "bwd dkv": former2conv_bwd_dkv_kernel,
+    "bwd dkv strided": former2conv_bwd_dkv_kernel,
+}
+
+
+def compile_cases() -> Iterator[Case]:
+    """What the launchers can choose, for the gate in ``fusekern.kernels.aot``."""
+    for kernel, table in SETTINGS.items():
+        for (kind, width), settings in table.items():
+            for setting in settings:
+                if kernel.endswith("strided"):
+                    yield _case(kernel, kind, "bf16" if kind == "half" else "fp32", width - 1, setting, "strided")
+                    continue
+                for layout in ("channels_last", "nchw"):
+                    yield _case(kernel, kind, "bf16" if kind == "half" else "fp32", width, setting, layout)
+                if (kind, width) == ("half", 64):
+                    yield _case(kernel, kind, "fp16", 64, setting, "channels_last")
+                    yield _case(kernel, kind, "bf16", 32, setting, "channels_last")
+                    yield _case(kernel, kind, "bf16", 16, setting, "channels_last")
+    for dtype in ("bf16", "fp32"):
+        types = {"sums": "*fp32", "dkey": f"*{dtype}", "dvalue": f"*{dtype}", "size": "i32", "programs": "i32"}
+        blocks = {"BP": SUM_PROGRAMS, "BS": SUM_ELEMENTS}
+        divisible = "sums", "dkey", "dvalue", "size"
+        yield Case(former2conv_bwd_sum_kernel, f"bwd sum {dtype}", types, blocks, divisible, num_warps=4)
+
+
+def _case(name: str, kind: str, dtype: str, width: int, setting: Setting, layout: str) -> Case:
+    kernel = KERNELS[name]
+    options = _options(setting, kind, width, LAYOUT=layout, RELOAD=setting.RELOAD, BK2=setting.BK2)
+    unit = {"channels_last": ("s_xc", "s_gc", "s_oc"), "nchw": ("s_xw", "s_gw", "s_ow"), "strided": ()}[layout]
+    constexprs = {key: value for key, value in {**options, **dict.fromkeys(unit, 1)}.items() if key in kernel.arg_names}
+    pointers = dict.fromkeys(("image", "key", "value", "out", "grad", "dimage"), f"*{dtype}")
+    # Sums, but for fp16, which stands for a single program.
+    pointers |= dict.fromkeys(("dkey", "dvalue"), "*fp16" if dtype == "fp16" else "*fp32")
+    pointers |= {"lse": "*fp32", "delta": "*fp32"}
+    types = {param.name: "i32" for param in kernel.params} | pointers | {"scale": "fp32"}
+    odd = {"channels_last": {"N", "W"}, "nchw": {"W"}, "strided": set(types) - {"lse", "delta"}}[layout] | {"scale"}
+    free = {param.name for param in kernel.params if param.do_not_specialize}
+    return Case(
+        kernel,
+        f"{name} {kind if kind != 'half' else dtype} {width} K<={setting.tokens} {layout} {setting.archs[0]}",
+        {key: types[key] for key in kernel.arg_names if key not in constexprs},
+        constexprs,
+        tuple(key for key in kernel.arg_names if key not in constexprs and key not in odd and key not in free),
+        num_warps=setting.warps,
+        num_stages=setting.stages,
+        archs=setting.archs,
+    )

@@ -8,7 +8,9 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from math import gcd
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fusekern.kernels.aot import Case
 from torch import Tensor
 
 CHANNELS_LAST, NCHW, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -180,7 +183,7 @@ def score_map_unit_kernel(text, unit, K, C, s_tb, s_tk, BC: tl.constexpr):
         tl.store(unit + i * C + o_c, (b_t * b_inv).to(unit.dtype.element_ty), mask=o_c < C)
 
 
-@triton.jit(do_not_specialize=["W", "K", "tiles"])
+@triton.jit(do_not_specialize=["W", "K", "tiles", "programs"])
 def score_map_bwd_image_kernel(
     grad,
     image,
@@ -192,6 +195,7 @@ def score_map_bwd_image_kernel(
     K,
     C,
     tiles,
+    programs,
     s_gb,
     s_gc,
     s_gh,
@@ -224,11 +228,12 @@ def score_map_bwd_image_kernel(
     """dx_n = sum_k g_nk t_k;  NORMALIZE, t being of unit length:  dx_n = (d - (d x_n') x_n') / |x_n|  with d that sum
     and x_n' = x_n / |x_n|; also 1 / |x_n| in ``inverse``, [B, N].  CONCAT: plus the gradient of the image part.
 
-    ONE: all tokens at once, BK + BK2 at most; else blocks of BK.
+    ONE: all tokens at once, BK + BK2 at most; else blocks of BK. Of a tile's channels, ``programs`` write a part each.
     """
     i = tl.program_id(0)
-    i_t = i % tiles
-    i_b = (i // tiles).to(tl.int64)
+    i_p = i % programs
+    i_t = i // programs % tiles
+    i_b = (i // programs // tiles).to(tl.int64)
     K = K * VEC_GRAD
     grad += i_b * s_gb * VEC_GRAD
     image += i_b * s_xb * VEC
@@ -269,11 +274,11 @@ def score_map_bwd_image_kernel(
         b_norm = tl.sqrt_rn(b_xx)
         b_inv = tl.div_rn(1.0, floored(b_norm))  # [BN]
         o_n = tl.cast(i_t, tl.int64) * BN + tl.arange(0, BN)
-        tl.store(inverse + i_b * N + o_n, b_inv, mask=o_n < N)
+        tl.store(inverse + i_b * N + o_n, b_inv, mask=(o_n < N) & (tl.full([1], i_p, tl.int32) == 0))
         # Below the floor the divisor is a constant.
         b_r = tl.where(b_norm < FLOOR, 0.0, b_r * b_inv * b_inv)
 
-    for i_c in range(0, C, BC):
+    for i_c in range(i_p * BC, C, programs * BC):
         b_d = tl.zeros([BN, BC], tl.float32)
         for i_k in range(0, 1 if ONE else K, BK):
             if not ONE:
@@ -432,15 +437,54 @@ class Setting(NamedTuple):
     BK2: int
     num_warps: int
     num_stages: int
+    maxnreg: int
 
 
+TILE = Setting._fields[:4]
+# For each kernel and arithmetic: what serves everywhere, then what serves up to BK + BK2 tokens, few tokens first.
 SETTINGS = {
-    ("fwd", "16", 0): Setting(64, 64, 32, 0, 4, 3),
-    ("fwd", "16", 32): Setting(64, 64, 32, 0, 4, 3),
-    ("fwd", "16", 64): Setting(128, 64, 64, 0, 8, 3),
-    ("fwd", "16", 128): Setting(128, 64, 128, 0, 8, 3),
-    ("fwd", "16", 160): Setting(128, 64, 128, 32, 8, 3),
+    ("fwd", "half"): (
+        Setting(64, 64, 64, 0, 8, 3, 255),
+        Setting(64, 64, 32, 0, 4, 3, 255),
+        Setting(128, 64, 64, 0, 8, 3, 255),
+        Setting(128, 64, 128, 0, 8, 3, 255),
+        Setting(128, 64, 128, 32, 8, 3, 255),
+    ),
+    ("fwd", "tf32"): (
+        Setting(64, 32, 64, 0, 8, 3, 255),
+        Setting(64, 32, 32, 0, 4, 3, 255),
+        Setting(128, 32, 128, 32, 8, 3, 255),
+    ),
+    ("fwd", "ieee"): (Setting(64, 16, 64, 0, 8, 2, 255), Setting(64, 16, 32, 0, 4, 2, 255)),
+    ("image", "half"): (
+        Setting(64, 64, 64, 0, 8, 3, 255),
+        Setting(64, 64, 32, 0, 4, 3, 255),
+        Setting(64, 64, 64, 0, 8, 3, 128),
+        Setting(64, 64, 128, 32, 8, 3, 128),
+    ),
+    ("image", "tf32"): (
+        Setting(64, 32, 64, 0, 8, 3, 255),
+        Setting(64, 32, 32, 0, 8, 3, 128),
+        Setting(64, 32, 128, 32, 8, 3, 255),
+    ),
+    ("image", "ieee"): (Setting(32, 32, 32, 0, 4, 2, 255),),
+    ("text", "half"): (
+        Setting(64, 64, 64, 0, 8, 3, 255),
+        Setting(64, 128, 32, 0, 8, 3, 128),
+        Setting(64, 128, 64, 0, 8, 3, 255),
+        Setting(64, 128, 128, 0, 8, 3, 255),
+        Setting(64, 128, 128, 32, 8, 3, 255),
+    ),
+    ("text", "tf32"): (
+        Setting(64, 32, 64, 0, 8, 3, 255),
+        Setting(64, 32, 32, 0, 8, 3, 255),
+        Setting(64, 64, 128, 32, 8, 2, 255),
+    ),
+    ("text", "ieee"): (Setting(16, 64, 64, 0, 8, 2, 255), Setting(16, 64, 32, 0, 4, 2, 255)),
 }
+# Channels that a program of the kernels over rows takes at a time, and partial sums.
+ROW = {"BC": 512, "num_warps": 4, "maxnreg": 255}
+SUMS = 8
 
 
 class View(NamedTuple):
@@ -468,63 +512,89 @@ def view(image: Tensor, *multiples: int) -> View:
     return View(STRIDED.value, 1, (s_b, s_c, s_h, s_w))
 
 
-BC_ROWS = 512
+def setting_of(kernel: str, kind: str, tokens: int, arch: int, access: str, idle: bool) -> Setting:
+    """The launch setting.
+
+    Args:
+        kernel: ``"fwd"``, ``"image"`` or ``"text"``.
+        kind: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        tokens: K.
+        arch: 10 times the compute capability.
+        access: ``"wide"``; ``"narrow"`` where an access takes one element, so that a thread needs many addresses;
+            ``"strided"`` where each pixel's has to be computed.
+        idle: large tiles would leave processors idle.
+    """
+    general, *fitted = SETTINGS[kernel, kind]
+    if arch < 90 or access == "strided" or not fitted:
+        return general
+    if tokens <= fitted[0].BK or (idle and kernel != "image"):
+        return fitted[0]
+    if access == "narrow":
+        return general
+    enough = [setting for setting in fitted if tokens <= setting.BK + setting.BK2]
+    # Else blocks of tokens, the largest there are.
+    return enough[0] if enough else max((general, *(s for s in fitted if not s.BK2)), key=lambda s: s.BK)
 
 
-def rows(text: Tensor) -> Tensor:
-    return text if text.stride(2) == 1 else text.contiguous()
+def _access(*views: View) -> str:
+    if any(v.layout == STRIDED.value for v in views):
+        return "strided"
+    return "narrow" if any(v.layout == CHANNELS_LAST.value and v.vec == 1 for v in views) else "wide"
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def _blocks(tokens: int, setting: Setting) -> int:
+    """Of tokens, a program each."""
+    return 1 if tokens <= setting.BK + setting.BK2 else triton.cdiv(tokens, setting.BK)
 
 
-def blocks_of(count: int, setting: Setting) -> int:
-    return 1 if count <= setting.BK + setting.BK2 else cdiv(count, setting.BK)
-
-
-def on_device(image: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
-
-
-def precision(image: Tensor) -> str:
+def _precision(image: Tensor) -> str:
     tf32 = image.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
+def _kind(image: Tensor) -> str:
+    return _precision(image) if image.dtype == torch.float32 else "half"
+
+
 @cache
-def device_of(index: int | None) -> tuple[int, int]:
-    """Architecture, 10 times the compute capability, and the number of multiprocessors."""
+def _processor(index: int | None) -> tuple[int, int]:
+    """Of the device: architecture, 10 times the compute capability, and the number of multiprocessors."""
+    if index is None:  # the interpreter's CPU
+        return 90, 132
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def processors(image: Tensor) -> int:
-    return device_of(image.device.index)[1] if image.is_cuda else 132
+def _on_device(image: Tensor) -> AbstractContextManager:
+    return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
 
 
-def choose(kernel, image, count, vec, programs):
-    bucket = next((size for size in (32, 64, 128, 160) if count <= size), 128)
-    s = SETTINGS["fwd", "16", bucket]
-    return s if programs(s) * blocks_of(count, s) >= processors(image) else SETTINGS["fwd", "16", 0]
+def _rows(text: Tensor) -> Tensor:
+    return text if text.stride(2) == 1 else text.contiguous()
 
 
 def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, out: Tensor) -> None:
     """Fills ``out``, ``[B, K, H, W]`` or ``[B, C + K, H, W]``, from ``[B, C, H, W]`` and ``[B, K, C]``."""
-    text = rows(text)
+    text = _rows(text)
     batch, channels, height, width = image.shape
-    count, pixels = text.shape[1], height * width
-    x, o = view(image), view(out, count, channels if concat else 0)
-    s = choose("fwd", image, count, o.vec, lambda s: batch * cdiv(pixels, s.BN))
-    tiles, blocks = cdiv(pixels, s.BN), blocks_of(count, s)
-    with on_device(image):
+    tokens, pixels = text.shape[1], height * width
+    x, o = view(image), view(out, tokens, channels if concat else 0)
+    arch, processors = _processor(image.device.index)
+
+    def setting(idle: bool) -> Setting:
+        return setting_of("fwd", _kind(image), tokens, arch, _access(x, o), idle)
+
+    s = setting(False)
+    s = setting(batch * triton.cdiv(pixels, s.BN) * _blocks(tokens, s) < processors)
+    tiles, blocks = triton.cdiv(pixels, s.BN), _blocks(tokens, s)
+    with _on_device(image):
         score_map_fwd_kernel[(batch * tiles * blocks,)](
             image,
             text,
             out,
             pixels,
             width,
-            count // o.vec,
+            tokens // o.vec,
             channels,
             tiles,
             blocks,
@@ -537,7 +607,7 @@ def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, ou
             VEC_OUT=o.vec,
             NORMALIZE=normalize,
             CONCAT=concat,
-            PRECISION=precision(image),
+            PRECISION=_precision(image),
             **s._asdict(),
         )
 
@@ -545,83 +615,171 @@ def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, ou
 def score_map_bwd(
     grad: Tensor, image: Tensor, text: Tensor, normalize: bool, concat: bool, dimage: Tensor, dtext: Tensor
 ) -> None:
-    """Fills ``dimage`` and ``dtext``, alike in shape to ``image`` and ``text``; ``grad`` is that of ``out``."""
-    text = rows(text)
+    """Fills ``dimage`` and ``dtext``, of the shapes of ``image`` and ``text``; ``grad`` is that of ``out``."""
+    text = _rows(text)
+    g = view(grad, text.shape[1], image.shape[1] if concat else 0)
+    modes = {"NORMALIZE": normalize, "CONCAT": concat, "PRECISION": _precision(image)}
+    with _on_device(image):
+        inverse = _bwd_image(grad, image, text, dimage, g, modes)
+        _bwd_text(grad, image, text, inverse, dtext, g, modes)
+
+
+def _bwd_image(grad: Tensor, image: Tensor, text: Tensor, dimage: Tensor, g: View, modes: dict) -> Tensor | None:
+    """Fills ``dimage``; returns 1 / |x| of the pixels, if they are to be normalised."""
     batch, channels, height, width = image.shape
-    count, pixels = text.shape[1], height * width
-    g, x, o = view(grad, count, channels if concat else 0), view(image), view(dimage)
-    layouts = {"LAYOUT_GRAD": g.layout, "LAYOUT": x.layout, "VEC_GRAD": g.vec, "VEC": x.vec}
-    modes = {"NORMALIZE": normalize, "CONCAT": concat}
-    with on_device(image):
-        unit, inverse = text, None
-        if normalize:
-            unit = torch.empty(text.shape, dtype=text.dtype, device=text.device)
-            inverse = torch.empty(batch, pixels, dtype=torch.float32, device=text.device)
-            score_map_unit_kernel[(batch * count,)](text, unit, count, channels, *text.stride()[:2], BC=BC_ROWS)
+    tokens, pixels = text.shape[1], height * width
+    x, o = view(image), view(dimage)
+    arch, processors = _processor(image.device.index)
+    unit, inverse = text, None
+    if modes["NORMALIZE"]:
+        unit = torch.empty(text.shape, dtype=text.dtype, device=text.device)
+        inverse = torch.empty(batch, pixels, dtype=torch.float32, device=text.device)
+        score_map_unit_kernel[(batch * tokens,)](text, unit, tokens, channels, *text.stride()[:2], **ROW)
+    s = setting_of("image", _kind(image), tokens, arch, _access(g, x, o), False)
+    tiles = triton.cdiv(pixels, s.BN)
+    programs = max(1, min(triton.cdiv(channels, s.BC), processors // (batch * tiles)))
+    score_map_bwd_image_kernel[(batch * tiles * programs,)](
+        grad,
+        image,
+        unit,
+        dimage,
+        inverse,
+        pixels,
+        width,
+        tokens // g.vec,
+        channels,
+        tiles,
+        programs,
+        *g.strides,
+        *x.strides,
+        *unit.stride()[:2],
+        *o.strides,
+        ONE=tokens <= s.BK + s.BK2,
+        LAYOUT_GRAD=g.layout,
+        LAYOUT=x.layout,
+        LAYOUT_OUT=o.layout,
+        VEC_GRAD=g.vec,
+        VEC=x.vec,
+        VEC_OUT=o.vec,
+        **modes,
+        **s._asdict(),
+    )
+    return inverse
 
-        s = choose("image", image, count, g.vec, lambda s: batch * cdiv(pixels, s.BN))
-        tiles = cdiv(pixels, s.BN)
-        score_map_bwd_image_kernel[(batch * tiles,)](
-            grad,
-            image,
-            unit,
-            dimage,
-            inverse,
-            pixels,
-            width,
-            count // g.vec,
-            channels,
-            tiles,
-            *g.strides,
-            *x.strides,
-            *unit.stride()[:2],
-            *o.strides,
-            ONE=count <= s.BK + s.BK2,
-            LAYOUT_OUT=o.layout,
-            VEC_OUT=o.vec,
-            PRECISION=precision(image),
-            **layouts,
-            **modes,
-            **s._asdict(),
-        )
 
-        s = choose("text", image, count, g.vec, lambda s: batch * cdiv(channels, s.BC) * cdiv(pixels, 8 * s.BN))
-        tiles, columns, blocks = cdiv(pixels, s.BN), cdiv(channels, s.BC), blocks_of(count, s)
-        programs = max(1, min(tiles, processors(image) // (batch * columns * blocks)))
-        direct = programs == 1 and not normalize
-        sums = dtext if direct else torch.empty(programs, *dtext.shape, dtype=torch.float32, device=dtext.device)
-        score_map_bwd_text_kernel[(batch * programs * blocks * columns,)](
-            grad,
-            image,
-            inverse,
+def _bwd_text(
+    grad: Tensor, image: Tensor, text: Tensor, inverse: Tensor | None, dtext: Tensor, g: View, modes: dict
+) -> None:
+    """Fills ``dtext``."""
+    batch, channels, height, width = image.shape
+    tokens, pixels = text.shape[1], height * width
+    x = view(image)
+    arch, processors = _processor(image.device.index)
+
+    def setting(idle: bool) -> Setting:
+        return setting_of("text", _kind(image), tokens, arch, _access(g, x), idle)
+
+    # More than 8 partial sums are not worth the large tiles.
+    s = setting(False)
+    s = setting(8 * batch * triton.cdiv(channels, s.BC) * _blocks(tokens, s) < processors)
+    tiles, columns, blocks = triton.cdiv(pixels, s.BN), triton.cdiv(channels, s.BC), _blocks(tokens, s)
+    programs = max(1, min(tiles, processors // (batch * columns * blocks)))
+    direct = programs == 1 and inverse is None
+    sums = dtext if direct else torch.empty(programs, *dtext.shape, dtype=torch.float32, device=dtext.device)
+    score_map_bwd_text_kernel[(batch * programs * blocks * columns,)](
+        grad,
+        image,
+        inverse,
+        sums,
+        batch,
+        pixels,
+        width,
+        tokens // g.vec,
+        channels,
+        tiles,
+        programs,
+        blocks,
+        columns,
+        *g.strides,
+        *x.strides,
+        LAYOUT_GRAD=g.layout,
+        LAYOUT=x.layout,
+        VEC_GRAD=g.vec,
+        VEC=x.vec,
+        **modes,
+        **s._asdict(),
+    )
+    if not direct:
+        score_map_bwd_sum_kernel[(batch * tokens,)](
             sums,
-            batch,
-            pixels,
-            width,
-            count // g.vec,
+            text,
+            dtext,
+            batch * tokens,
+            tokens,
             channels,
-            tiles,
             programs,
-            blocks,
-            columns,
-            *g.strides,
-            *x.strides,
-            PRECISION=precision(image),
-            **layouts,
-            **modes,
-            **s._asdict(),
+            *text.stride()[:2],
+            BP=SUMS,
+            NORMALIZE=modes["NORMALIZE"],
+            **ROW,
         )
-        if not direct:
-            score_map_bwd_sum_kernel[(batch * count,)](
-                sums,
-                text,
-                dtext,
-                batch * count,
-                count,
-                channels,
-                programs,
-                *text.stride()[:2],
-                BP=8,
-                BC=BC_ROWS,
-                NORMALIZE=normalize,
-            )
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every setting in each layout for which ``setting_of`` takes it; normalised and concatenated, which is most."""
+    for (kernel, kind), (general, *fitted) in SETTINGS.items():
+        for dtype in {"half": ("bf16", "fp16")}.get(kind, ("fp32",)):
+            precision = "tf32" if kind == "tf32" else "ieee"
+            for access in ("narrow", "nchw", "strided"):
+                for one in (True, False) if kernel == "image" else (True,):
+                    if dtype != "fp16" or access == "narrow":
+                        yield _case(kernel, dtype, precision, general, access, one)
+            for i, setting in enumerate(fitted):
+                for access in ("narrow" if i == 0 else "wide", "nchw", "aligned"):
+                    if dtype != "fp16" or access in ("narrow", "wide"):
+                        yield replace(_case(kernel, dtype, precision, setting, access), archs=(90, 100))
+    for dtype in ("bf16", "fp16", "fp32"):
+        for kernel in (score_map_unit_kernel, score_map_bwd_sum_kernel):
+            names = {"text": f"*{dtype}", "unit": f"*{dtype}", "dtext": f"*{dtype}", "partials": "*fp32"}
+            constexprs = {"BC": ROW["BC"], "BP": SUMS, "NORMALIZE": True}
+            constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+            signature = {name: names.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
+            divisible = tuple(name for name in signature if name in (*names, "C", "s_tb", "s_tk"))
+            name = f"{kernel.__name__.removeprefix('score_map_').removesuffix('_kernel')} {dtype}"
+            yield Case(kernel, name, signature, constexprs, divisible, ROW["num_warps"], 3, ROW["maxnreg"])
+
+
+def _case(kernel: str, dtype: str, precision: str, setting: Setting, access: str, one: bool = True) -> Case:
+    """``access`` is that of out or grad: ``"narrow"``, ``"wide"`` and ``"aligned"`` are channels_last."""
+    function = {"fwd": score_map_fwd_kernel, "image": score_map_bwd_image_kernel, "text": score_map_bwd_text_kernel}
+    function = function[kernel]
+    layout = {"nchw": NCHW, "strided": STRIDED}.get(access, CHANNELS_LAST).value
+    most = 4 if dtype == "fp32" else 8
+    vec = {"wide": 2, "aligned": most}.get(access, 1)
+    most = most if layout == CHANNELS_LAST.value else 1
+    *tile, num_warps, num_stages, maxnreg = setting
+    constexprs = {
+        **dict(zip(TILE, tile, strict=True)),
+        **{"LAYOUT": layout, "LAYOUT_GRAD": layout, "LAYOUT_OUT": min(layout, NCHW.value)},
+        **{"VEC": most, "VEC_GRAD": vec, "VEC_OUT": vec if kernel == "fwd" else most},
+        **{"ONE": one, "NORMALIZE": True, "CONCAT": True, "PRECISION": precision},
+    }
+    constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
+    pointers = dict.fromkeys(("image", "text", "out", "grad", "dimage"), f"*{dtype}")
+    pointers.update(inverse="*fp32", dtext="*fp32")
+    signature = {name: pointers.get(name, "i32") for name in function.arg_names if name not in constexprs}
+    divisible = [*pointers, "C", "s_tb", "s_tk"]
+    if access == "nchw":
+        divisible += ["N", "s_xb", "s_xc", "s_ob", "s_oc", "s_gb", "s_gc"]
+    size = "x".join(map(str, tile[:3])) + (f"+{setting.BK2}" if setting.BK2 else "")
+    limit = "" if maxnreg == 255 else f" {maxnreg} registers"
+    return Case(
+        function,
+        f"{kernel} {dtype} {precision} {size} {access}" + ("" if one else " in blocks") + limit,
+        signature,
+        constexprs,
+        tuple(name for name in signature if name in divisible),
+        num_warps,
+        num_stages,
+        maxnreg,
+    )

@@ -219,15 +219,15 @@ def assert_same(results, others) -> None:
 
 def test_settings():
     """Every width of a head has a setting, of tiles that the tensor cores take."""
-    for kind in ("half", "odd", "tf32", "ieee"):
+    for kind in ("half", "tf32", "ieee", "odd half", "odd fp32"):
         for width in range(1, 257):
             for tile in kernels.SETTINGS[kind, kernels.padded_width(width)]:
                 assert tile.queries >= 16 and tile.tokens >= 16
     image = torch.empty(2, 96, 5, 5, dtype=torch.float16, device=DEVICE)
     last = image.to(memory_format=torch.channels_last)
-    assert kernels.kind_of(last, 32) == "half" and kernels.kind_of(last, 24) == "odd"
-    assert kernels.kind_of(image, 32) == "odd" and kernels.kind_of(image[..., :4, :4].contiguous(), 32) == "half"
-    assert kernels.kind_of(last[..., 1:], 32) == "odd"
+    assert kernels.kind_of(last, 32) == "half" and kernels.kind_of(last, 24) == "odd half"
+    assert kernels.kind_of(image, 32) == "odd half" and kernels.kind_of(image[..., :4, :4].contiguous(), 32) == "half"
+    assert kernels.kind_of(last[..., 1:], 32) == "odd half"
 
 
 def test_run_length():

@@ -196,8 +196,8 @@ def test_a_token_that_is_never_looked_at_may_be_infinite(tokens):
 @pytest.mark.parametrize("tokens", [19, 70, 200])
 def test_equal_bits_in_two_runs(tokens, monkeypatch):
     image, key, value, grad = make(1, 1, 64, 8, 16, tokens, torch.float16)
-    # The tokens' gradients are zero but for rounding, which shows the order of summation.
-    inputs = torch.cat([image, image], 2), key, value, torch.cat([grad, -grad], 2)
+    # The tokens' gradients are zero but for rounding, which shows the order of summation: above what fp16 can hold.
+    inputs = torch.cat([image, image], 2), key, value, torch.cat([256 * grad, -256 * grad], 2)
     first, second = (launch(*inputs, 1, 0.125) for _ in range(2))
     for name, one, other in zip(NAMES, first, second, strict=True):
         assert torch.equal(one, other), name
@@ -207,10 +207,16 @@ def test_equal_bits_in_two_runs(tokens, monkeypatch):
     assert torch.equal(dimage, first[1]) and not torch.equal(dkey, first[2]) and not torch.equal(dvalue, first[3])
 
 
+def test_more_programs_than_are_summed_at_once(monkeypatch):
+    monkeypatch.setattr(kernels, "programs_of", lambda tiles, rows, slots: tiles)
+    monkeypatch.setattr(kernels, "SUM_PROGRAMS", 4)
+    check(*make(1, 1, 16, 22, 16, 19, torch.float16), 1, 0.25)
+
+
 def test_offsets_beyond_32_bits():
     """Images, and the channels of an image, far apart in a storage of which only their own pages are ever touched."""
     image, key, value, grad = make(2, 1, 16, 4, 8, 20, torch.float16)
-    for strides in ((2**31 - 16, 32, 8, 1), (512, 2**27, 8, 1)):
+    for strides in ((2**31, 32, 8, 1), (512, 2**31 // 15 + 16, 8, 1)):
         far = torch.empty(2**31 + 2**12, dtype=torch.float16, device=DEVICE).as_strided(image.shape, strides, 0)
         check(far.copy_(image), key, value, grad, 1, 0.25)
 
