@@ -145,7 +145,7 @@ def test_the_command_fails_and_names_the_case(compiled, monkeypatch, capsys, tmp
 
 def test_a_case_that_does_not_fit_its_kernel_is_refused():
     case = toy()
-    with pytest.raises(ValueError, match=r"toy: missing, unknown or named twice are \['BM', 'BN'\]"):
+    with pytest.raises(ValueError, match=r"toy: arguments \['BM', 'BN'\] are missing"):
         aot.compile(Case(toy_kernel, "toy", case.signature, {"BN": 64, "BK": 64, "PRECISION": "ieee"}), 90)
     with pytest.raises(ValueError, match="toy: Triton does not look whether count can be divided by 16"):
         aot.compile(toy(divisible=("count",)), 90)
@@ -157,7 +157,6 @@ def test_hash_leaves_comments_out(tmp_path):
         return list(aot._tokens(tmp_path / "a.py"))
 
     plain = code('def f(x):\n    """What it does."""\n    if x:\n        x = 1  # why\n    return x\n')
-    assert plain == code("def f(x):\n    # why\n\n    if x:\n        x = 1\n    return x\n")[:0] + plain
     assert code("def f(x):\n    if x:\n        x = 1\n    return x\n") == code(
         "def f(x):\n    # why\n    if x:\n\n        x = 1  # or not\n    return x\n"
     )
