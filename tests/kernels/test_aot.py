@@ -156,7 +156,6 @@ def test_hash_leaves_comments_out(tmp_path):
         (tmp_path / "a.py").write_text(text)
         return list(aot._tokens(tmp_path / "a.py"))
 
-    plain = code('def f(x):\n    """What it does."""\n    if x:\n        x = 1  # why\n    return x\n')
     assert code("def f(x):\n    if x:\n        x = 1\n    return x\n") == code(
         "def f(x):\n    # why\n    if x:\n\n        x = 1  # or not\n    return x\n"
     )
