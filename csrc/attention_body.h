@@ -169,16 +169,22 @@ struct Runs {
   int64_t begin(int64_t run) const { return tokens * run / count; }
 };
 
-// scores[k][n] = factor sum over c of tall[c][k] columns[c][n]; most, if given, becomes each pixel's largest.
-template <class A, bool MOST>
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
+// scores[k][n] = factor sum over c of tall[c][k] columns[c][n]; most, if given, becomes each pixel's largest. Calls
+// between(i, count) in between, for i from 0 to count - 1.
+template <class A, bool MOST, class Between = Nothing>
 static void score(const float* tall, const float* columns, int64_t K, int64_t d, int vectors, float factor,
-                  float* scores, V* most) {
+                  float* scores, V* most, Between between = Between()) {
   constexpr int64_t SPAN = 64;  // long sums are added up in spans first, which keeps rounding errors small
   const Runs runs(K);
   if (MOST)
     for (int j = 0; j < vectors; ++j) most[j] = set1(LEAST);
   for (int64_t run = 0; run < runs.count; ++run) {
     const int64_t begin = runs.begin(run), size = runs.begin(run + 1) - begin;
+    between(run, runs.count);
     for_vectors(vectors, [&](int64_t j, auto N) {
       float* to = scores + begin * LD + j * W;
       V top[N.COUNT];
@@ -225,6 +231,9 @@ static void gather(const float* scores, const Row* const* rows, int64_t K, int64
 
 // ---- pixels ------------------------------------------------------------------------------------------------------
 
+// How many pixels of those left are the next block's.
+FUSEKERN_INLINE int at_most_a_block(int64_t left) { return left < 0 ? 0 : left < PB ? static_cast<int>(left) : PB; }
+
 // One head of a block of pixels of a map.
 template <class T>
 struct Block {
@@ -255,6 +264,18 @@ struct Block {
   int vectors() const { return (pixels + W - 1) / W; }
   int pixels_of(int j) const { return pixels - j * W < W ? pixels - j * W : W; }
   T* at(int64_t n, int64_t c) const { return base + offset[n] + c * channel; }
+
+  // Brings the part'th of `parts` parts of d channels into the L2 cache.
+  void prefetch(int64_t d, int64_t part, int64_t parts) const {
+    constexpr int LINE = 64 / sizeof(T);
+    if (channel == 1) {
+      for (int64_t n = pixels * part / parts; n < pixels * (part + 1) / parts; ++n)
+        for (int64_t c = 0; c < d; c += LINE) FUSEKERN_ISA::prefetch(at(n, c));
+    } else if (lined[0]) {
+      for (int64_t c = d * part / parts; c < d * (part + 1) / parts; ++c)
+        for (int n = 0; n < pixels; n += LINE) FUSEKERN_ISA::prefetch(at(n, c));
+    }
+  }
 };
 
 template <class A, class T>

@@ -82,10 +82,12 @@ static void forward(const Former2conv& op, float* scratch, int64_t begin, int64_
     const int64_t head = item % size.heads, part = item / size.heads % op.parts, b = item / size.heads / op.parts;
     const Packed<A> packed(op, b * size.heads + head);
     for (int64_t n = blocks * part / op.parts * PB; n < N && n < blocks * (part + 1) / op.parts * PB; n += PB) {
-      const int pixels = N - n < PB ? static_cast<int>(N - n) : PB;
+      const int pixels = at_most_a_block(N - n);
       const Block<T> x(op.image, size.W, b, head * d, n, pixels), out(op.out, size.W, b, head * d, n, pixels);
       to_columns<A>(x, d, columns);
-      score<A, true>(packed.tall_key, columns, K, d, x.vectors(), size.scale * LOG2E, scores, most);
+      const Block<T> next(op.image, size.W, b, head * d, n + PB, at_most_a_block(N - n - PB));
+      score<A, true>(packed.tall_key, columns, K, d, x.vectors(), size.scale * LOG2E, scores, most,
+                     [&](int64_t i, int64_t count) { next.prefetch(d, i, count), out.prefetch(d, i, count); });
       softmax<A>(scores, K, x.vectors(), most, factor);
       if (out.channel == 1) to_rows<A>(x, columns, d, buffer, rows);
       spread<A, true>(scores, packed.wide, units<A>(K), d, factor, rows, columns, out);
@@ -152,16 +154,21 @@ static void backward(const Former2conv& op, float* scratch, int64_t begin, int64
     float* dvalue = dkey + sums_floats(K, d);
     for (int64_t i = 0; i < op.partial_floats; ++i) dkey[i] = 0.f;
     for (int64_t n = blocks * part / op.parts * PB; n < N && n < blocks * (part + 1) / op.parts * PB; n += PB) {
-      const int pixels = N - n < PB ? static_cast<int>(N - n) : PB;
+      const int pixels = at_most_a_block(N - n);
       const Block<T> x(op.image, size.W, b, c, n, pixels), g(op.grad, size.W, b, c, n, pixels);
       to_columns<A>(x, d, x_columns);
       to_columns<A>(g, d, g_columns);
       to_rows<A>(x, x_columns, d, x_buffer, x_rows);
       to_rows<A>(g, g_columns, d, g_buffer, g_rows);
-      score<A, true>(packed.tall_key, x_columns, K, d, x.vectors(), size.scale * LOG2E, scores, most);
+      const Block<T> dx(op.dimage, size.W, b, c, n, pixels);
+      const Block<T> next_x(op.image, size.W, b, c, n + PB, at_most_a_block(N - n - PB));
+      const Block<T> next_g(op.grad, size.W, b, c, n + PB, at_most_a_block(N - n - PB));
+      score<A, true>(packed.tall_key, x_columns, K, d, x.vectors(), size.scale * LOG2E, scores, most,
+                     [&](int64_t i, int64_t count) {
+                       next_x.prefetch(d, i, count), next_g.prefetch(d, i, count), dx.prefetch(d, i, count);
+                     });
       score<A, false>(packed.tall_value, g_columns, K, d, x.vectors(), 1.f, dscores, nullptr);
       softmax_backward<A>(scores, dscores, K, pixels, most, size.scale, joined);
-      const Block<T> dx(op.dimage, size.W, b, c, n, pixels);
       spread<A, true>(joined, packed.wide, units<A>(K), d, ones, g_rows, g_columns, dx);
       const int64_t count = units<A>(pixels);
       gather<A>(dscores, to_pixel_units<A>(x_rows, pixels, d, x_units, x_pairs), K, d, count, nullptr, dkey);

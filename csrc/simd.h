@@ -250,6 +250,16 @@ FUSEKERN_INLINE void put(bf16* p, float x) {
   p->bits = static_cast<uint16_t>(rounded >> 16);
 }
 
+// Bring a line into the L2 cache; the address may be any. In assembler, because GCC takes a function of nothing but
+// __builtin_prefetch for one without effect, and drops the calls.
+FUSEKERN_INLINE void prefetch(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 #if FUSEKERN_WIDTH == 16
 // Two bf16 to each 32 bits, for CPUs where cpu_has_bf16(). In assembler, because a target that the file is not compiled
 // for cannot be had for templates.

@@ -73,9 +73,9 @@ def test_a_model_without_text_has_no_such_note_and_no_cosine(data, tmp_path):
 
 
 def test_training_learns(data, tmp_path):
-    recipe = micro_recipe(data, train__steps=40, optim__lr=1e-2, data__ratio=(1.0, 1.0), data__photometric=False)
+    recipe = micro_recipe(data, train__steps=80, optim__lr=1e-2, data__ratio=(1.0, 1.0), data__photometric=False)
     train(recipe, out=tmp_path / "run")
-    # measured 0.88 and, without clipping, 0.83; a model that has learnt nothing has 0.28
+    # measured 0.91 to 0.95 over four seeds; a model that has learnt nothing has 0.28
     assert metrics(tmp_path / "run")[-1]["miou"] > 0.6
 
 
