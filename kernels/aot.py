@@ -253,7 +253,7 @@ def markdown(result: dict) -> str:
     lines = [
         "# Compiled ahead of time",
         "",
-        f"All kernels in all launch settings, for three architectures. {result['date']}, Triton {result['triton']},",
+        f"All kernels in all launch settings, on each architecture that a launcher picks them for. {result['date']}, Triton {result['triton']},",
         f"ptxas {versions}. Made by `{COMMAND}`; every row is in",
         "`bench/results/aot.json`. No case uses the stack, which is where spilled registers go, or more shared memory",
         "than " + ", ".join(f"{limit // 1024} KiB on sm_{arch}" for arch, limit in LIMITS.items()) + ".",

@@ -644,7 +644,7 @@ class Setting(NamedTuple):
 ANY = float("inf")
 HOPPER_ON, HOPPER, AMPERE, BLACKWELL = (90, 100), (90,), (80,), (100,)
 # By kernel, then by kind of product, which is 16 bits ("half") or either precision of fp32, and head dimension, of
-# which 64 stands for all below. None spills, in Triton 3.6 and 3.9; sm_80's fit into sm_86's 99 KiB of shared memory.
+# which 64 stands for all below. None spills (docs/aot.md); sm_80's fit into sm_86's 99 KiB of shared memory.
 SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
     "fwd": {
         ("half", 64): (
@@ -660,7 +660,7 @@ SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
             Setting(64, 64, 64, warps=8, resident=1, archs=HOPPER_ON),
         ),
         ("tf32", 64): (Setting(32, 64, 32), Setting(64, 64, 64)),
-        ("tf32", 128): (Setting(32, 64, 32, warps=8, resident=1),),
+        ("tf32", 128): (Setting(32, 64, 32, warps=8, resident=1, RELOAD=True),),
     },
     "fwd online": {
         ("half", 64): (Setting(ANY, 128, 64, warps=8, archs=(80, 90)), Setting(ANY, 64, 64, archs=BLACKWELL)),
@@ -676,17 +676,18 @@ SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
         ("tf32", 64): (Setting(ANY, 128, 32, warps=8),),
         ("tf32", 128): (Setting(ANY, 64, 32, warps=8),),
         ("tf32", 256): (
-            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=HOPPER_ON),
+            Setting(ANY, 64, 16, warps=8, RELOAD=True, archs=HOPPER),
+            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=BLACKWELL),
             Setting(ANY, 32, 32, warps=8, stages=1, RELOAD=True, archs=AMPERE),
         ),
-        ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, BC=16),),
+        ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, RELOAD=True, BC=16),),
         ("ieee", 128): (Setting(ANY, 32, 32, warps=8, stages=1, BC=32),),
         ("ieee", 256): (Setting(ANY, 32, 16, warps=8, stages=1, BC=16),),
     },
     "fwd strided": {
         ("half", 64): (Setting(ANY, 32, 32, warps=8, stages=1),),
         ("half", 128): (Setting(ANY, 32, 32, warps=8, stages=1),),
-        ("half", 256): (Setting(ANY, 16, 32, warps=8, stages=1),),
+        ("half", 256): (Setting(ANY, 16, 16, warps=8, stages=1),),
         ("ieee", 64): (Setting(ANY, 32, 32, warps=8, stages=1, BC=16),),
         ("ieee", 128): (Setting(ANY, 32, 16, warps=8, stages=1, RELOAD=True, BC=16),),
         ("ieee", 256): (Setting(ANY, 16, 16, warps=8, stages=1, RELOAD=True, BC=16),),
@@ -698,8 +699,8 @@ SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
         ),
         ("half", 128): (Setting(32, 64, 32, warps=8, resident=1, archs=HOPPER_ON),),
         ("tf32", 64): (
-            Setting(32, 64, 32, archs=HOPPER_ON),
-            Setting(32, 64, 32, warps=8, resident=1, archs=AMPERE),
+            Setting(32, 64, 32, archs=HOPPER),
+            Setting(32, 64, 32, warps=8, resident=1, archs=(80, 100)),
         ),
         ("ieee", 64): (Setting(32, 16, 32, warps=8, stages=1, RELOAD=True, BC=16),),
     },
@@ -714,13 +715,13 @@ SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
         ),
     },
     "bwd dx online": {
-        ("half", 64): (Setting(ANY, 128, 64, warps=8),),
+        ("half", 64): (Setting(ANY, 128, 64, warps=8, archs=(80, 90)), Setting(ANY, 64, 64, archs=BLACKWELL)),
         ("half", 128): (
             Setting(ANY, 128, 64, warps=8, archs=HOPPER_ON),
             Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=AMPERE),
         ),
         ("half", 256): (
-            Setting(ANY, 128, 32, warps=8, RELOAD=True, archs=HOPPER),
+            Setting(ANY, 64, 32, warps=8, RELOAD=True, archs=HOPPER),
             Setting(ANY, 64, 64, warps=8, RELOAD=True, archs=BLACKWELL),
             Setting(ANY, 32, 32, RELOAD=True, archs=AMPERE),
         ),
@@ -751,14 +752,12 @@ SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
         ),
         ("half", 128): (Setting(ANY, 64, 64, warps=8, resident=1),),
         ("half", 256): (
-            Setting(ANY, 32, 64, warps=8, resident=1, archs=HOPPER_ON),
+            Setting(ANY, 64, 32, warps=8, resident=1, archs=HOPPER),
+            Setting(ANY, 32, 64, warps=8, resident=1, archs=BLACKWELL),
             Setting(ANY, 32, 32, warps=8, resident=1, archs=AMPERE),
         ),
         ("tf32", 64): (Setting(ANY, 32, 64, archs=HOPPER_ON), Setting(ANY, 32, 32, archs=AMPERE)),
-        ("tf32", 128): (
-            Setting(ANY, 32, 64, warps=8, resident=1, archs=HOPPER_ON),
-            Setting(ANY, 32, 32, warps=8, resident=1, archs=AMPERE),
-        ),
+        ("tf32", 128): (Setting(ANY, 32, 32, warps=8, resident=1),),
         ("tf32", 256): (
             Setting(ANY, 16, 32, warps=8, stages=1, resident=1, archs=HOPPER_ON),
             Setting(ANY, 16, 16, warps=8, stages=1, resident=1, archs=AMPERE),
@@ -772,7 +771,7 @@ SETTINGS: dict[str, dict[tuple[str, int], tuple[Setting, ...]]] = {
         ("half", 128): (Setting(ANY, 16, 32, warps=8, stages=1, resident=1),),
         ("half", 256): (Setting(ANY, 16, 16, warps=8, stages=1, resident=1),),
         ("ieee", 64): (Setting(ANY, 16, 16, warps=8, stages=1, resident=1, BC=16),),
-        ("ieee", 128): (Setting(ANY, 16, 8, warps=8, stages=1, resident=1, BC=16),),
+        ("ieee", 128): (Setting(ANY, 16, 8, warps=8, stages=1, resident=1, BC=32),),
         ("ieee", 256): (Setting(ANY, 16, 4, warps=8, stages=1, resident=1, BC=16),),
     },
 }

@@ -16,12 +16,10 @@ from fusekern.kernels.aot import ARCHS, COMMAND, LIMITS, OPS, Case
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "bench" / "results" / "aot.json"
-TABLE = json.loads(FILE.read_text()) if FILE.exists() else None
+TABLE = json.loads(FILE.read_text())
 AGAIN = f"run the gate again: {COMMAND}"
-needs_table = pytest.mark.skipif(TABLE is None, reason=f"the table is not committed yet; {AGAIN}")
 
 
-@needs_table
 @pytest.mark.parametrize("op", OPS)
 def test_table_is_of_these_sources(op):
     assert TABLE["sources"][op] == aot.source_hash(op), f"kernels/{op}.py is not what was compiled; {AGAIN}"
@@ -31,7 +29,6 @@ def test_table_is_of_these_sources(op):
     assert sorted(rows) == sorted(cases), f"{op} has other cases than the table; {AGAIN}"
 
 
-@needs_table
 def test_table_has_no_fault():
     assert {row["op"] for row in TABLE["rows"]} == set(OPS)
     for row in TABLE["rows"]:
@@ -43,12 +40,10 @@ def test_table_has_no_fault():
         assert row["tensor_memory"] <= aot.TENSOR_MEMORY, name
 
 
-@needs_table
 def test_page_is_made_from_the_table():
     assert (ROOT / "docs" / "aot.md").read_text() == aot.markdown(TABLE), AGAIN
 
 
-@needs_table
 @pytest.mark.parametrize("op", OPS)
 def test_table_is_what_the_compiler_says(op, tmp_path):
     """For one case of an op, which changes with the source."""

@@ -1,0 +1,93 @@
+"""Puts the figures of ``bench/results`` into the pages that quote them.
+
+    python -m bench.page            # writes them
+    python -m bench.page --check    # exit code 1 if a page says something else
+
+A page holds a block for each result, between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->``, where FILE is
+that of ``bench/results`` without its ending. What stands between them is made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import numerics, report
+
+RESULTS = report.ROOT / "bench" / "results"
+PAGES = (report.ROOT / "docs" / "performance.md", report.ROOT / "docs" / "numerics.md")
+BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+PEERS = {"reference": "reference", "eager": "eager", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def origin(result: dict) -> str:
+    """Command, device, versions, commit and date."""
+    versions = ", ".join(f"{name} {of}" for name, of in result["versions"].items() if of)
+    return f"`{result['command']}` on {result['device']}, {result['date']}, commit {result['commit'][:9]}; {versions}."
+
+
+def speeds(result: dict) -> list[str]:
+    """A line for each case, shape, dtype and layout: our time, and how many times as long the others take."""
+    names = [name for name in PEERS if any(name in row.get("forward", {}) for row in result["rows"])]
+    trained = [name for name in names if any(name in row.get("forward_backward", {}) for row in result["rows"])]
+    titles = ["case", "B,C,H,K", "dtype", "layout", "`auto`", "forward, ms", *(PEERS[name] for name in names)]
+    titles += ["of roofline", "fwd+bwd, ms", *(PEERS[name] for name in trained), "of roofline"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in result["rows"]:
+        cells = [row["case"], row["shape"], WIDTHS[row["dtype"]], row["layout"]]
+        if row["wrong"]:
+            lines.append(f"| {' | '.join(cells)} | red: {'; '.join(row['wrong'])} |")
+            continue
+        cells.append(row["auto"])
+        for which, others in (("forward", names), ("forward_backward", trained)):
+            ratios = row["ratio"][which]
+            cells.append(f"{1e3 * row[which]['fusekern'][row['statistic']]:.3g}")
+            cells += [f"{ratios[name]:.2f}x" if name in ratios else "-" for name in others]
+            cells.append(f"{100 * row['roofline'][which]['share']['fusekern']:.0f} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def figures(name: str) -> str:
+    """What belongs into the block of a result.
+
+    Raises:
+        SystemExit: there is no such result, or one that was stopped before its end.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: a page quotes it")
+    result = json.loads(path.read_text())
+    if not result.get("complete", True):
+        raise SystemExit(f"{path} is not complete: go on with `{result['command']} --resume`")
+    lines = numerics.table(result["rows"]) if result["op"] == "numerics" else speeds(result)
+    return "\n".join([origin(result), "", *lines, ""])
+
+
+def filled(text: str) -> str:
+    """A page's text with its blocks as they should be."""
+    return BLOCK.sub(lambda block: block[1] + figures(block[2]) + block[3], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="default: all that have blocks")
+    options = parser.parse_args(arguments)
+    stale = [page for page in options.pages if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        if options.check:
+            print(f"{page} does not say what bench/results says: run python -m bench.page", file=sys.stderr)
+        else:
+            page.write_text(filled(page.read_text()))
+            print(page)
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
