@@ -159,7 +159,7 @@ void backward(const Downsample& op, const Tensor& grad, const Tensor& weight, co
     torch::stable::sum_out(*dbias, rows, IntHeaderOnlyArrayRef(down, 1));
   }
   move_patches<T, true>(op, op.image, patches);
-  const bool in_place = dweight.is_contiguous() && op.channels_first;
+  const bool in_place = op.channels_first ? dweight.is_contiguous() : lies_channels_last(dweight);
   const Tensor product = in_place ? view(dweight, {C, 9 * C}, {9 * C, 1}) : empty(grad, C, 9 * C);
   call_out("aten::mm", view(rows, {C, n}, {1, C}), patches, product);
   if (!in_place) {

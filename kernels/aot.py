@@ -250,13 +250,15 @@ HEAD = (
 def markdown(result: dict) -> str:
     """The table in short: a line for each kernel, the worst of its cases."""
     versions = ", ".join(f"{version} for sm_{arch}" for arch, version in result["ptxas"].items())
+    limits = ", ".join(f"{limit // 1024} KiB on sm_{arch}" for arch, limit in LIMITS.items())
     lines = [
         "# Compiled ahead of time",
         "",
-        f"All kernels in all launch settings, on each architecture that a launcher picks them for. {result['date']}, Triton {result['triton']},",
-        f"ptxas {versions}. Made by `{COMMAND}`; every row is in",
-        "`bench/results/aot.json`. No case uses the stack, which is where spilled registers go, or more shared memory",
-        "than " + ", ".join(f"{limit // 1024} KiB on sm_{arch}" for arch, limit in LIMITS.items()) + ".",
+        "All kernels in all launch settings, on each architecture that a launcher picks them for.",
+        f"{result['date']}, Triton {result['triton']}, ptxas {versions}.",
+        f"Made by `{COMMAND}`;",
+        "every row is in `bench/results/aot.json`. No case uses the stack, which is where spilled registers go, or",
+        f"more shared memory than {limits}.",
         "",
         "A cell: most registers of a thread, most KiB of shared memory, and the units that compute the products.",
         "",

@@ -59,7 +59,11 @@ def test_a_run_writes_what_it_promises(op, tmp_path, capsys):
                 **{"eager": pytest.approx(ratio, rel=1e-2)},
             }
         memory = row["memory"]["reference"]
-        assert memory["saved_bytes"] > memory["saved_beyond_inputs_bytes"] > -(op == "downsample")
+        assert (
+            memory["saved_bytes"]
+            > memory["saved_beyond_inputs_bytes"]
+            > -(op == "downsample" or "plain" in row["case"])
+        )
         assert f"| {row['case']} | {row['shape']} | 2 | float32 | {row['layout']} | forward+backward |" in table
 
 

@@ -84,8 +84,8 @@ _score_map_backward.register_autograd(no_second_derivative("score_map"))
 
 def _why_slow_cpp(image, text, normalize, concat):
     # Then there is one product of matrices and nothing to fuse with it; in bench/results/score_map-cpu.json.
-    fused = normalize or (concat and image.stride(1) == 1)
-    return [] if fused else ["without norms it is slower, but for a concatenation in channels_last"]
+    fused = normalize or (concat and image.stride(1) == 1 and image.dtype == torch.float32)
+    return [] if fused else ["without norms it is slower, but for a concatenation in channels_last and fp32"]
 
 
 register("score_map", "cpp", cpp_dtypes, _why_slow_cpp)
