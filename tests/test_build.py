@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,6 +23,8 @@ from fusekern import extensions
 ROOT = Path(__file__).parents[1]
 NOT_BUILT = extensions.load("_C")
 needs_module = pytest.mark.skipif(bool(NOT_BUILT), reason=NOT_BUILT)
+NO_CUDA = extensions.load("_C_cuda")
+needs_cuda_module = pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 PIP = ["-m", "pip", "install", "--verbose", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -80,6 +85,59 @@ def test_the_module_says_what_it_is():
     assert torch.ops.fusekern_cpp.score_map_fwd
 
 
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None or not torch.version.cuda, reason="needs nvcc and a torch with CUDA")
+def test_where_there_is_nvcc_there_is_a_cuda_module():
+    if NO_CUDA.startswith("FUSEKERN_BUILD was"):
+        pytest.skip(NO_CUDA)
+    assert not NO_CUDA
+
+
+CUDA_PROBE = """
+import torch
+import fusekern._C_cuda as module
+assert not torch.cuda.is_initialized()
+print(module.build_info())
+print(torch.ops.fusekern_cuda.bn_relu6_dw_fwd, torch.ops.fusekern_cuda.bn_relu6_dw_bwd)
+if torch.cuda.is_available():
+    kernels = module.kernel_attributes()
+    assert len(kernels) == 52 and not any(kernel["local_bytes"] for kernel in kernels), kernels
+    assert all(0 < kernel["registers"] <= 255 and kernel["shared_bytes"] <= 48 * 1024 for kernel in kernels), kernels
+else:
+    try:
+        module.kernel_attributes()
+    except RuntimeError as error:
+        assert str(error).startswith("kernel_attributes: "), error
+"""
+
+
+@needs_cuda_module
+def test_the_cuda_module_says_what_it_is():
+    """In a process of its own, whose CUDA nobody has touched."""
+    info, ops = call(["-c", CUDA_PROBE], cwd=ROOT).splitlines()
+    info = ast.literal_eval(info)
+    assert set(info) == {"torch", "torch_at_least", "python", "nvcc", "archs"}
+    assert info["torch_at_least"] == "2.11" and info["python"] == platform.python_version()
+    assert info["archs"][-1].startswith("compute_") and len(info["archs"]) > 1
+    assert ops == "fusekern_cuda.bn_relu6_dw_fwd fusekern_cuda.bn_relu6_dw_bwd"
+
+
+@needs_cuda_module
+def test_no_cuda_kernel_spills():
+    """Registers, stack and shared memory of every kernel for every architecture, from the module itself."""
+    import fusekern._C_cuda as module
+
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        tool = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    done = subprocess.run([tool, "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True)
+    used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
+    binaries = [arch for arch in module.build_info()["archs"] if arch.startswith("sm_")]
+    assert len(used) == 52 * len(binaries)
+    for registers, stack, shared, local in used:
+        assert int(registers) <= 255 and int(stack) == int(local) == 0 and int(shared) <= 48 * 1024
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -97,6 +155,36 @@ def test_an_install_without_a_module_works_and_says_why(source, tmp_path, enviro
     assert reason in "\n".join(rest)
     (wheel,) = site.glob("fusekern-*.dist-info/WHEEL")
     assert ("Root-Is-Purelib: true" in wheel.read_text()) == ("FUSEKERN_BUILD" in environment)
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a torch with CUDA")
+def test_without_nvcc_there_is_one_module_less(source, tmp_path):
+    environment = {"FUSEKERN_BUILD": "cuda", "CUDA_HOME": str(tmp_path)}
+    said = call(["setup.py", "build_ext", "--inplace"], cwd=source, environment=environment)
+    reason = f"no nvcc found: looked in {tmp_path}/bin"
+    assert said.count(f"fusekern is installed without its CUDA kernels: {reason}") == 1
+    written = json.loads((source / "fusekern" / "_build.json").read_text())
+    assert written == {"_C": "FUSEKERN_BUILD was cuda", "_C_cuda": reason}
+
+
+def test_which_gpus_to_compile_for(script, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_90a sm_100\n")
+    nvcc.chmod(0o755)
+    for wanted, found in (
+        (None, ["80", "90", "100"]),
+        ("9.0;8.0", ["80", "90"]),
+        ("7.5 8.0+PTX, 9.0a 12.0", ["80", "90a"]),
+    ):
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        if wanted:
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        assert script["archs"](str(nvcc)) == found
+    for wanted, reason in (("Hopper", "must be numbers such as 9.0, got 'Hopper'"), ("7.5", "cannot compile for 75")):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        with pytest.raises(script["NotBuilt"], match=reason):
+            script["archs"](str(nvcc))
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.convformer import ConvFormer, ConvFormerBlock, ConvFormerOutput
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
+from fusekern.nn.inverted_residual import fuse_inverted_residuals
 from fusekern.nn.semantic_fpn import FeaturePyramid, SemanticFPN
 from fusekern.nn.text_transformer import TextTransformer
 
@@ -16,4 +17,5 @@ __all__ = [
     "SemanticFPN",
     "TextToImageBridge",
     "TextTransformer",
+    "fuse_inverted_residuals",
 ]

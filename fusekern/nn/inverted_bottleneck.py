@@ -1,68 +1,149 @@
-"""The convolutional path of a block, as a module."""
+"""The convolutional path of a block, as a module, and the same in place of other people's inverted residuals."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
+from fusekern.ops._check import check_choice
+from fusekern.ops.inverted_bottleneck import MEMORY
 
 
 class InvertedBottleneck(nn.Module):
-    """MobileNetV2's inverted bottleneck with its residual: expand, filter each channel, project back.
+    """MobileNetV2's inverted bottleneck: expand, filter each channel, project back, add the input.
 
     It runs the op ``inverted_bottleneck`` on its children's weights and keeps the running averages of their batch norms
-    as ``nn.BatchNorm2d`` does. Where a child is not the plain module it was built with (``nn.SyncBatchNorm``, a frozen
-    norm, a wrapped convolution) or has hooks, the children run themselves.
+    as ``nn.BatchNorm2d`` does; ``nn.SyncBatchNorm`` takes its statistics over its process group, on a CPU too. Where a
+    child is another module (a wrapped convolution, a norm of one's own) or has hooks, the children run themselves.
 
     Args:
         channels: C.
         expansion: hidden channels over C.
+        out_channels: O; C if none.
+        kernel_size: of the depthwise convolution, odd.
+        stride: of the depthwise convolution. The input is added where it is 1 and O = C.
+        memory: ``"default"``, or ``"low"`` to keep less for the backward and compute the expansion twice.
         backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
-    Shape: ``[B, C, H, W]`` to ``[B, C, H, W]``.
+    Shape: ``[B, C, H, W]`` to ``[B, O, ceil(H / stride), ceil(W / stride)]``.
     """
 
-    def __init__(self, channels: int, expansion: int = 6, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        channels: int,
+        expansion: int = 6,
+        *,
+        out_channels: int | None = None,
+        kernel_size: int = 3,
+        stride: int = 1,
+        memory: str = "default",
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         hidden = channels * expansion
+        out_channels = channels if out_channels is None else out_channels
+        same = {"padding": kernel_size // 2, "stride": stride}
         self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
+        self.depthwise = nn.Conv2d(hidden, hidden, kernel_size, groups=hidden, bias=False, **same)
         self.norm2 = nn.BatchNorm2d(hidden)
-        self.project = nn.Conv2d(hidden, channels, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(channels)
+        self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(out_channels)
+        self.residual = stride == 1 and out_channels == channels
+        check_choice("memory", memory, MEMORY)
+        self.memory = memory
         self.backend = check_name(backend)
 
     def forward(self, image: Tensor) -> Tensor:
-        if not all(map(_is_plain, self.children())):
-            hidden = F.relu6(self.norm1(self.expand(image)))
-            hidden = F.relu6(self.norm2(self.depthwise(hidden)))
-            return image + self.norm3(self.project(hidden))
-        norms = (self.norm1, self.norm2, self.norm3)
-        image, statistics = ops.inverted_bottleneck(
-            image,
-            self.expand.weight,
-            self.depthwise.weight,
-            self.project.weight,
-            tuple(map(_as_argument, norms)),
-            backend=self.backend,
-        )
-        for norm, seen in zip(norms, statistics, strict=True):
-            _track(norm, seen)
-        return image
+        parts = Parts(self.expand, self.norm1, self.depthwise, self.norm2, self.project, self.norm3)
+        return run(image, parts, self.residual, self.memory, self.backend)
+
+
+class Parts(NamedTuple):
+    """The six modules of a block."""
+
+    expand: nn.Module
+    norm1: nn.Module
+    depthwise: nn.Module
+    norm2: nn.Module
+    project: nn.Module
+    norm3: nn.Module
+
+    @property
+    def norms(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.norm1, self.norm2, self.norm3
+
+
+def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) -> Tensor:
+    """The block by the op, or by its modules if one of them is not what the op knows."""
+    group = _group_of(parts.norms) if all(map(_is_plain, parts)) else None
+    if group is None:
+        hidden = _activated(parts.norm1, parts.expand(image))
+        hidden = _activated(parts.norm2, parts.depthwise(hidden))
+        result = parts.norm3(parts.project(hidden))
+        return image + result if residual else result
+    image, statistics = ops.inverted_bottleneck(
+        *(image, parts.expand.weight, parts.depthwise.weight, parts.project.weight),
+        tuple(map(_as_argument, parts.norms)),
+        stride=parts.depthwise.stride[0],
+        residual=residual,
+        memory=memory,
+        group=group,
+        backend=backend,
+    )
+    for norm, seen in zip(parts.norms, statistics, strict=True):
+        _track(norm, seen)
+    return image
+
+
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """timm's norms have the activation in them; a second ReLU6 changes nothing."""
+    return F.relu6(norm(x))
 
 
 def _is_plain(child: nn.Module) -> bool:
     hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
-    return type(child) in (nn.Conv2d, nn.BatchNorm2d) and not any(hooks)
+    if any(hooks):
+        return False
+    if type(child) is nn.Conv2d:
+        return child.bias is None
+    return type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_timm_norm(child)
+
+
+def _is_timm_norm(child: nn.Module) -> bool:
+    """timm's BatchNormAct2d: a batch norm with an activation, here ReLU6 or none."""
+    if type(child).__name__ not in ("BatchNormAct2d", "SyncBatchNormAct") or not isinstance(
+        child, (nn.BatchNorm2d, nn.SyncBatchNorm)
+    ):
+        return False
+    return isinstance(child.drop, nn.Identity) and isinstance(child.act, (nn.ReLU6, nn.Identity))
+
+
+def _takes_batch(norm: nn.Module) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _group_of(norms: tuple[nn.Module, ...]) -> str | None:
+    """The name of the process group that the norms share, empty for none; ``None`` if they do not share it."""
+    found = {_own_group(norm) for norm in norms if _takes_batch(norm)}
+    return None if len(found) > 1 else "".join(found)
+
+
+def _own_group(norm: nn.Module) -> str:
+    if not isinstance(norm, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return ""
+    group = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
 def _as_argument(norm: nn.BatchNorm2d) -> ops.BatchNorm:
-    batch = norm.training or norm.running_mean is None
-    return ops.BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, batch)
+    return ops.BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, _takes_batch(norm))
 
 
 @torch.no_grad()

@@ -54,3 +54,23 @@ def downsample(image, weight, bias, h, w, *rest, **keywords) -> int:
 def downsample_backward(grad, *rest, **keywords) -> int:
     """36 B n C^2: the gradients of image and weight."""
     return 36 * prod(grad) * grad[1]
+
+
+@register_flop_formula(_fusekern.inverted_bottleneck)
+def inverted_bottleneck(image, expand, depthwise, project, *rest, **keywords) -> int:
+    """2 (N C E + M E k^2 + M E O) with N pixels before and M after the depthwise convolution."""
+    batch, channels, height, width = image
+    stride = rest[14]
+    before = batch * height * width
+    after = batch * -(-height // stride) * -(-width // stride)
+    hidden, _, size, _ = depthwise
+    return 2 * hidden * (before * channels + after * (size**2 + project[0]))
+
+
+@register_flop_formula(_fusekern.inverted_bottleneck_backward)
+def inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y2, *rest, **keywords) -> int:
+    """Twice the forward's."""
+    batch, channels, height, width = image
+    hidden, _, size, _ = depthwise
+    before, after = batch * height * width, prod(grad) // grad[1]
+    return 4 * hidden * (before * channels + after * (size**2 + project[0]))

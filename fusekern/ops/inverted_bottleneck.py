@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusekern.backends import resolve
-from fusekern.ops._check import check_alike, check_shape
+from fusekern.backends import register, resolve
+from fusekern.ops._batch_norm import Norm, affine_of, backward_of, moments_of
+from fusekern.ops._check import check_alike, check_choice, check_shape
+from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
+from fusekern.ops._limits import cpp_dtypes
+
+MEMORY = ("default", "low")
 
 
 class BatchNorm(NamedTuple):
@@ -39,28 +45,250 @@ class BatchStatistics(NamedTuple):
     var: Tensor
 
 
-def _batch_norm(x: Tensor, norm: BatchNorm) -> tuple[Tensor, BatchStatistics | None]:
+def _batch_norm(x: Tensor, norm: BatchNorm, group: str = "") -> tuple[Tensor, BatchStatistics | None]:
     if not norm.batch:
         return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps), None
+    if group:
+        return _batch_norm_of_all(x, norm, group)
     # Running averages that forget everything are the statistics of this batch, from PyTorch's own pass over x.
-    like = next((t for t in (norm.mean, norm.weight) if t is not None), x)
-    seen = BatchStatistics(*(x.new_zeros(x.shape[1], dtype=like.dtype) for _ in range(2)))
+    seen = BatchStatistics(*(x.new_zeros(x.shape[1], dtype=_like(norm, x).dtype) for _ in range(2)))
     y = F.batch_norm(x, seen.mean, seen.var, norm.weight, norm.bias, training=True, momentum=1.0, eps=norm.eps)
     return y, seen
 
 
+def _batch_norm_of_all(x: Tensor, norm: BatchNorm, group: str) -> tuple[Tensor, BatchStatistics]:
+    """Over the batches of all processes of a group, with gradients through their statistics."""
+    from torch.distributed.nn.functional import all_reduce  # some builds of torch have no processes
+
+    processes = dist.distributed_c10d._resolve_process_group(group)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def total(part: Tensor) -> Tensor:
+        return all_reduce(part, group=processes)
+
+    count = total(wide.new_tensor(x.numel() // x.shape[1]))
+    mean = total(wide.sum((0, 2, 3))) / count
+    centred = wide - mean[:, None, None]
+    squares = total(centred.square().sum((0, 2, 3)))
+    y = centred * (squares / count + norm.eps).rsqrt()[:, None, None]
+    if norm.weight is not None:
+        y = y * norm.weight[:, None, None]
+    if norm.bias is not None:
+        y = y + norm.bias[:, None, None]
+    dtype = _like(norm, x).dtype
+    seen = (mean, squares / (count - 1).clamp_min(1))
+    return y.to(x.dtype), BatchStatistics(*(part.detach().to(dtype) for part in seen))
+
+
+def _like(norm: BatchNorm, x: Tensor) -> Tensor:
+    """What the statistics' dtype is that of."""
+    return next((t for t in (norm.mean, norm.weight) if t is not None), x)
+
+
 def inverted_bottleneck_reference(
-    image: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, norms: tuple[BatchNorm, BatchNorm, BatchNorm]
+    image: Tensor,
+    expand: Tensor,
+    depthwise: Tensor,
+    project: Tensor,
+    norms: tuple[BatchNorm, BatchNorm, BatchNorm],
+    *,
+    stride: int = 1,
+    residual: bool = True,
+    group: str = "",
 ) -> tuple[Tensor, tuple[BatchStatistics | None, ...]]:
     """Plain PyTorch; see ``inverted_bottleneck``."""
-    if image.numel() == 0:  # convolutions refuse an empty map
-        return image.clone(), (None, None, None)
-    y, seen1 = _batch_norm(F.conv2d(image, expand), norms[0])
+    if image.numel() == 0 and not group:  # convolutions refuse an empty map
+        return _of_nothing(image, project, stride, residual), (None, None, None)
+    y, seen1 = _batch_norm(F.conv2d(image, expand), norms[0], group)
     y = F.relu6(y)
-    y, seen2 = _batch_norm(F.conv2d(y, depthwise, padding=1, groups=y.shape[1]), norms[1])
+    padding = depthwise.shape[2] // 2
+    y, seen2 = _batch_norm(F.conv2d(y, depthwise, stride=stride, padding=padding, groups=y.shape[1]), norms[1], group)
     y = F.relu6(y)
-    y, seen3 = _batch_norm(F.conv2d(y, project), norms[2])
-    return image + y, (seen1, seen2, seen3)
+    y, seen3 = _batch_norm(F.conv2d(y, project), norms[2], group)
+    return image + y if residual else y, (seen1, seen2, seen3)
+
+
+def _of_nothing(image: Tensor, project: Tensor, stride: int, residual: bool) -> Tensor:
+    if residual:
+        return image.clone()
+    size = [_strided(side, stride) for side in image.shape[2:]]
+    return image.new_zeros(image.shape[0], project.shape[0], *size) + 0 * image.sum()
+
+
+def _strided(side: int, stride: int) -> int:
+    return (side + stride - 1) // stride
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+#
+# Between two batch norms lies a stage, for which a backend has a function. To it a norm is vectors of one number a
+# channel: `affine` [2, c] (v = scale y + shift), `stats` [2, c] (mean and M2 of what it wrote) and, in the backward,
+# `sums` [2, c] and `coef` [4, c]; fusekern/ops/_batch_norm.py says what they are. What all backends share stands here.
+
+_NORMS = ", ".join(f"Tensor? {part}{i}" for i in (1, 2, 3) for part in ("weight", "bias", "mean", "var"))
+_SETTINGS = "float[] eps, bool[] batch, int stride, bool residual"
+
+
+def _norms_of(parts, eps, batch) -> tuple[Norm, Norm, Norm]:
+    return tuple(Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]) for i in range(3))
+
+
+def _matrices(expand: Tensor, depthwise: Tensor, project: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights as the stages have them: ``[E, C]``, ``[E, k, k]``, ``[O, E]``."""
+    return expand.flatten(1).contiguous(), depthwise.flatten(0, 1).contiguous(), project.flatten(1).contiguous()
+
+
+def _outputs(image: Tensor, hidden: int, channels: int, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, y1, y2 and y3, uninitialised."""
+    size = _strided(image.shape[2], stride), _strided(image.shape[3], stride)
+    out = empty_image(image, channels, size)
+    return out, empty_image(image, hidden), empty_image(image, hidden, size), torch.empty_like(out)
+
+
+def _pixels(tensor: Tensor) -> int:
+    return tensor.shape[0] * tensor.shape[2] * tensor.shape[3]
+
+
+def _vectors(like: Tensor, rows: int, channels: int) -> Tensor:
+    return like.new_zeros(rows, channels, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fusekern::inverted_bottleneck",
+    mutates_args=(),
+    schema=f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_NORMS}, {_SETTINGS}, "
+    "bool learning, bool low, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _inverted_bottleneck(image, expand, depthwise, project, *rest):
+    *parts, eps, batch, stride, residual, learning, low, group, backend = rest
+    norms = _norms_of(parts, eps, batch)
+    w1, wd, w3 = _matrices(expand, depthwise, project)
+    out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
+
+    def run(stage: str, *arguments: object) -> None:
+        if image.numel():
+            launch(backend, "inverted_bottleneck", stage, *arguments)
+
+    if not learning and not any(batch):
+        first, second, third = (affine_of(norm, moments_of(norm, None, 0, "")) for norm in norms)
+        run("infer", image, w1, first, wd, second, w3, third, stride, residual, out)
+        return (out, *(image.new_empty(0) for _ in range(6)))
+    moments = []
+
+    def affine(norm: Norm, y: Tensor, stats: Tensor | None) -> Tensor:
+        moments.append(moments_of(norm, stats, _pixels(y), group))
+        return affine_of(norm, moments[-1])
+
+    stats = [
+        _vectors(image, 2, y.shape[1]) if norm.batch else None for norm, y in zip(norms, (y1, y2, y3), strict=True)
+    ]
+    run("expand_fwd", image, w1, y1, stats[0])
+    run("depthwise_fwd", y1, affine(norms[0], y1, stats[0]), wd, stride, y2, stats[1])
+    run("project_fwd", y2, affine(norms[1], y2, stats[1]), w3, y3, stats[2])
+    run("residual_fwd", y3, affine(norms[2], y3, stats[2]), image if residual else None, out)
+    kept = (y1 if not low else image.new_empty(0), y2, y3) if learning else (image.new_empty(0) for _ in range(3))
+    return (out, *kept, *moments)
+
+
+@_inverted_bottleneck.register_fake
+def _(image, expand, depthwise, project, *rest):
+    *_, batch, stride, _, learning, low, _, _ = rest
+    out, y1, y2, y3 = _outputs(image, expand.shape[0], project.shape[0], stride)
+    if not learning and not any(batch):
+        return (out, *(image.new_empty(0) for _ in range(6)))
+    moments = [_vectors(image, 3, y.shape[1]) for y in (y1, y2, y3)]
+    kept = (y1 if not low else image.new_empty(0), y2, y3) if learning else (image.new_empty(0) for _ in range(3))
+    return (out, *kept, *moments)
+
+
+@torch.library.custom_op(
+    "fusekern::inverted_bottleneck_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor image, Tensor expand, Tensor depthwise, Tensor project, Tensor y1, Tensor y2, "
+    f"Tensor y3, Tensor moments1, Tensor moments2, Tensor moments3, {_NORMS}, {_SETTINGS}, str group, str backend) "
+    f"-> ({', '.join(['Tensor'] * 10)})",
+)
+def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
+    *moments, eps, batch, stride, residual, group, backend = rest
+    moments, norms = moments[:3], _norms_of(moments[3:], eps, batch)
+    w1, wd, w3 = _matrices(expand, depthwise, project)
+    dimage, dw1, dwd, dw3 = empty_image(image), torch.zeros_like(w1), torch.zeros_like(wd), torch.zeros_like(w3)
+
+    def run(stage: str, *arguments: object) -> None:
+        if image.numel():
+            launch(backend, "inverted_bottleneck", stage, *arguments)
+
+    if not y1.numel():  # memory was low
+        y1 = empty_image(image, w1.shape[0])
+        run("expand_fwd", image, w1, y1, None)
+    vectors = []
+
+    def coef(i: int, y: Tensor, sums: Tensor) -> Tensor:
+        found, dweight, dbias = backward_of(norms[i], moments[i], sums, _pixels(y), group)
+        vectors.extend((dbias, dweight))
+        return found
+
+    sums1, sums2, sums3 = (_vectors(image, 2, y.shape[1]) for y in (y1, y2, y3))
+    run("output_bwd", grad, y3, moments[2][0], sums3)
+    dz = torch.empty_like(y2)
+    affine2 = affine_of(norms[1], moments[1])
+    run("project_bwd", grad, y3, coef(2, y3, sums3), y2, affine2, moments[1][0], w3, dz, dw3, sums2)
+    d = torch.empty_like(y1)
+    affine1 = affine_of(norms[0], moments[0])
+    run("depthwise_bwd", dz, y2, coef(1, y2, sums2), y1, affine1, moments[0][0], wd, stride, d, dwd, sums1)
+    del dz
+    run("expand_bwd", d, y1, coef(0, y1, sums1), image, w1, grad if residual else None, dimage, dw1)
+    weights = dw1.view(expand.shape), dwd.view(depthwise.shape), dw3.view(project.shape)
+    return (dimage, *weights, *reversed(vectors))
+
+
+@_inverted_bottleneck_backward.register_fake
+def _(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
+    weights = (weight.new_empty(weight.shape) for weight in (expand, depthwise, project))
+    widths = (expand.shape[0], expand.shape[0], project.shape[0])
+    return (empty_image(image), *weights, *(image.new_empty(c, dtype=torch.float32) for c in widths for _ in range(2)))
+
+
+def _setup_context(ctx, inputs, output):
+    image, expand, depthwise, project, *parts = inputs[:16]
+    ctx.eps, ctx.batch, ctx.stride, ctx.residual, ctx.learning, _, ctx.group, ctx.backend = inputs[16:]
+    # The moments have what the running statistics had, which the caller may change until the backward.
+    kept = [part for i in range(3) for part in (*parts[4 * i : 4 * i + 2], None, None)]
+    ctx.save_for_backward(image, expand, depthwise, project, *output[1:], *kept)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *others):
+    if grad is None:
+        return (None,) * 24
+    saved = ctx.saved_tensors
+    settings = ctx.eps, ctx.batch, ctx.stride, ctx.residual, ctx.group, ctx.backend
+    dimage, dexpand, ddepthwise, dproject, *vectors = _inverted_bottleneck_backward(grad, *saved, *settings)
+    parts = saved[10:]
+    found = []
+    for i in range(3):
+        for vector, part in zip(vectors[2 * i : 2 * i + 2], parts[4 * i : 4 * i + 2], strict=True):
+            found.append(None if part is None else vector.to(part.dtype))
+        found.extend((None, None))
+    return (dimage, dexpand, ddepthwise, dproject, *found, *(None,) * 8)
+
+
+_inverted_bottleneck.register_autograd(_backward, setup_context=_setup_context)
+_inverted_bottleneck_backward.register_autograd(no_second_derivative("inverted_bottleneck"))
+
+
+def _known_sizes(backend_dtypes):
+    def why_not(image, expand, depthwise, project, norms, stride, group):
+        size = depthwise.shape[2]
+        kernel = [] if size in (3, 5) else [f"a {size}x{size} kernel, it takes 3x3 and 5x5"]
+        steps = [] if stride in (1, 2) else [f"stride {stride}, it takes 1 and 2"]
+        return [*backend_dtypes(image), *kernel, *steps]
+
+    return why_not
+
+
+register("inverted_bottleneck", "cpp", _known_sizes(cpp_dtypes))
 
 
 def inverted_bottleneck(
@@ -70,47 +298,97 @@ def inverted_bottleneck(
     project: Tensor,
     norms: tuple[BatchNorm, BatchNorm, BatchNorm],
     *,
+    stride: int = 1,
+    residual: bool = True,
+    memory: str = "default",
+    group: str = "",
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[BatchStatistics | None, ...]]:
     """Expand, filter each channel, project back, add the input.
 
-        I' = I + BN3(W_project ReLU6(BN2(W_depthwise * ReLU6(BN1(W_expand I)))))    * a 3x3 convolution, padding 1
+        I' = I + BN3(W_project ReLU6(BN2(W_depthwise * ReLU6(BN1(W_expand I)))))    * a k x k convolution, same padding
 
     Source: "CLIP for Lightweight Semantic Segmentation" (arXiv 2310.07394), section 3.3, after MobileNetV2 (arXiv
-    1801.04381). An expansion of 6 fits the paper's GFLOPs.
+    1801.04381). An expansion of 6 fits the paper's GFLOPs. There the kernel is 3x3, the stride 1 and the residual
+    added; the others are MobileNetV2's and its successors'.
 
     The op changes no argument: in training it returns what the norms saw, and the caller keeps the running averages.
 
     Args:
         image: ``[B, C, H, W]``, floating point, any strides.
         expand: ``[E, C, 1, 1]``.
-        depthwise: ``[E, 1, 3, 3]``.
-        project: ``[C, E, 1, 1]``.
-        norms: the three batch norms, over E, E and C channels. Beside a bf16 or fp16 image they may be fp32.
+        depthwise: ``[E, 1, k, k]``, k odd.
+        project: ``[O, E, 1, 1]``.
+        norms: the three batch norms, over E, E and O channels. Beside a bf16 or fp16 image they may be fp32.
+        stride: of the depthwise convolution.
+        residual: add the image, which needs O = C and stride 1.
+        memory: ``"low"`` keeps nothing for the backward that the expansion gives anew, which costs its product once
+            more. It is a matter of the kernels: the reference keeps what PyTorch keeps.
+        group: name of the process group over whose batches together the norms take their statistics, as
+            ``nn.SyncBatchNorm`` does; empty for those of this process.
         backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        The new image ``[B, C, H, W]``, and for each norm what it saw if ``batch``, otherwise none (also where the image
-        has no pixel). No gradient flows through the statistics.
+        The new image ``[B, O, h, w]`` with h = ceil(H / stride), w alike, and for each norm what it saw if ``batch``,
+        otherwise none (also where the image has no pixel). No gradient flows through the statistics.
 
     Raises:
-        ValueError: wrong shape, device or dtype, a norm without batch and running statistics, or a single pixel in the
-            whole batch in training, which has no variance.
+        ValueError: wrong shape, device or dtype, a norm without batch and running statistics, a residual that does not
+            fit, or a single pixel in the whole batch in training, which has no variance.
         FusekernError: the backend was asked for by name and cannot run.
     """
     check_shape("image", image, "B C H W")
     channels = image.shape[1]
     check_shape("expand", expand, "E C 1 1", C=channels)
     hidden = expand.shape[0]
-    check_shape("depthwise", depthwise, "E 1 3 3", E=hidden)
-    check_shape("project", project, "C E 1 1", C=channels, E=hidden)
+    size = depthwise.shape[-1]
+    check_shape("depthwise", depthwise, "E 1 k k", E=hidden, k=size)
+    check_shape("project", project, "O E 1 1", E=hidden)
+    if size % 2 == 0:
+        raise ValueError(f"depthwise must have an odd kernel; got shape {list(depthwise.shape)}")
+    if stride < 1:
+        raise ValueError(f"stride must be 1 or more, got {stride}")
+    if residual and (stride != 1 or project.shape[0] != channels):
+        raise ValueError(
+            f"residual needs stride 1 and as many channels out as in: got stride {stride}, {channels} channels in, "
+            f"{project.shape[0]} out"
+        )
     check_alike(image=image, expand=expand, depthwise=depthwise, project=project)
+    check_choice("memory", memory, MEMORY)
     if len(norms) != 3:
         raise ValueError(f"norms must be three batch norms, got {len(norms)}")
-    for index, (norm, width) in enumerate(zip(norms, (hidden, hidden, channels), strict=True)):
+    for index, (norm, width) in enumerate(zip(norms, (hidden, hidden, project.shape[0]), strict=True)):
         _check_norm(f"norms[{index}]", norm, width, image)
-    resolve("inverted_bottleneck", backend, image, expand, depthwise, project, norms)
-    return inverted_bottleneck_reference(image, expand, depthwise, project, norms)
+    image, expand, depthwise, project = follow_autocast(image, expand, depthwise, project)
+    chosen = resolve("inverted_bottleneck", backend, image, expand, depthwise, project, norms, stride, group)
+    if chosen == "reference" or (image.numel() == 0 and not group):
+        weights = (expand, depthwise, project)
+        return inverted_bottleneck_reference(image, *weights, norms, stride=stride, residual=residual, group=group)
+    if not group:
+        _check_variance(image, norms, stride)
+    learned = [image, expand, depthwise, project, *(part for norm in norms for part in (norm.weight, norm.bias))]
+    learning = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in learned)
+    parts = [part for norm in norms for part in norm[:4]]
+    eps, batch = [norm.eps for norm in norms], [norm.batch for norm in norms]
+    out, _, _, _, *moments = _inverted_bottleneck(
+        *(image, expand, depthwise, project, *parts),
+        *(eps, batch, stride, residual, learning, memory == "low", group, chosen),
+    )
+    return out, tuple(
+        BatchStatistics(*seen[::2].to(_like(norm, image).dtype)) if norm.batch else None
+        for norm, seen in zip(norms, moments, strict=True)
+    )
+
+
+def _check_variance(image: Tensor, norms: tuple[BatchNorm, ...], stride: int) -> None:
+    batch, _, height, width = image.shape
+    for index, (norm, step) in enumerate(zip(norms, (1, stride, stride), strict=True)):
+        size = batch, _strided(height, step), _strided(width, step)
+        if norm.batch and size == (1, 1, 1):
+            raise ValueError(
+                f"Expected more than 1 value per channel when training: norms[{index}] has a single pixel, in which "
+                "there is no variance"
+            )
 
 
 def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:

@@ -115,10 +115,22 @@ def test_errors_name_the_argument():
     image = torch.zeros(1, 3, 2, 2)
     with pytest.raises(ValueError, match=r"expand must be \[E, C, 1, 1\] with C = 3; got shape \[6, 3\]"):
         inverted_bottleneck(image, expand[..., 0, 0], depthwise, project, norms)
-    with pytest.raises(ValueError, match=r"depthwise must be \[E, 1, 3, 3\] with E = 6; got shape \[6, 1, 5, 5\]"):
-        inverted_bottleneck(image, expand, torch.zeros(6, 1, 5, 5), project, norms)
-    with pytest.raises(ValueError, match=r"project must be \[C, E, 1, 1\] with C = 3, E = 6; got shape \[6, 6, 1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"depthwise must be \[E, 1, k, k\] with E = 6, k = 5; got shape \[6, 1, 3, 5\]"
+    ):
+        inverted_bottleneck(image, expand, torch.zeros(6, 1, 3, 5), project, norms)
+    with pytest.raises(ValueError, match=r"depthwise must have an odd kernel; got shape \[6, 1, 4, 4\]"):
+        inverted_bottleneck(image, expand, torch.zeros(6, 1, 4, 4), project, norms)
+    with pytest.raises(ValueError, match=r"project must be \[O, E, 1, 1\] with E = 6; got shape \[6, 3, 1, 1\]"):
+        inverted_bottleneck(image, expand, depthwise, torch.zeros(6, 3, 1, 1), norms)
+    with pytest.raises(ValueError, match="residual needs .* got stride 1, 3 channels in, 6 out"):
         inverted_bottleneck(image, expand, depthwise, torch.zeros(6, 6, 1, 1), norms)
+    with pytest.raises(ValueError, match="residual needs .* got stride 2, 3 channels in, 3 out"):
+        inverted_bottleneck(image, expand, depthwise, project, norms, stride=2)
+    with pytest.raises(ValueError, match="stride must be 1 or more, got 0"):
+        inverted_bottleneck(image, expand, depthwise, project, norms, stride=0, residual=False)
+    with pytest.raises(ValueError, match="memory must be one of default, low, got 'less'"):
+        inverted_bottleneck(image, expand, depthwise, project, norms, memory="less")
     with pytest.raises(ValueError, match="norms must be three batch norms, got 2"):
         inverted_bottleneck(image, expand, depthwise, project, norms[:2])
     with pytest.raises(ValueError, match=r"norms\[1\]\.mean must be \[c\] with c = 6; got shape \[3\]"):

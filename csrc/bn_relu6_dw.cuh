@@ -1,0 +1,307 @@
+// What the depthwise stages of inverted_bottleneck share on the device: tiles from and to memory, and launches.
+//
+// A block stages a tile of what its windows read, with its halo, in shared memory: relu6(v1), or dy2. So the norm and
+// ReLU6 are computed once for an element, not once for each tap. y1 of the backward needs no halo, since one window of
+// dy2 gives both gradients. Blocks walk over several tiles and leave partial sums, which a second kernel adds in a
+// fixed order.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "bn_relu6_dw_tile.h"
+#include "inverted_bottleneck_cuda.h"
+
+namespace fusekern::dw {
+
+// Pairs are rounded in one instruction.
+__device__ __forceinline__ void write(__nv_bfloat16* to, const float (&from)[2]) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(from[0], from[1]);
+}
+__device__ __forceinline__ void write(__half* to, const float (&from)[2]) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(from[0], from[1]);
+}
+
+namespace {
+
+struct Map {
+  int rows, columns, channels;
+  bool wide;  // 16-byte accesses are aligned
+
+  __device__ int64_t offset(bool last, int image, int channel, int row, int column) const {
+    const int64_t pixel = static_cast<int64_t>(row) * columns + column;
+    const int64_t pixels = static_cast<int64_t>(rows) * columns;
+    return last ? (image * pixels + pixel) * channels + channel
+                : (static_cast<int64_t>(image) * channels + channel) * pixels + pixel;
+  }
+};
+
+struct Grid {
+  Map source, target;
+  int tiles_down, tiles_across, tiles, run;  // run: tiles of a block
+};
+
+// ---- vectors between memory and a tile ---------------------------------------------------------------------------
+
+// N elements; unless the map is WIDE, and so has whole vectors alone, nothing is read or written from `count` on.
+template <bool WIDE, class T, int N>
+__device__ __forceinline__ Pack<T, N> load(const T* from, int count) {
+  Pack<T, N> pack;
+  if constexpr (WIDE) {
+    *reinterpret_cast<uint4*>(&pack) = __ldg(reinterpret_cast<const uint4*>(from));
+  } else {
+#pragma unroll
+    for (int v = 0; v < N; ++v) pack.values[v] = v < count ? from[v] : T(0.f);
+  }
+  return pack;
+}
+
+template <bool WIDE, class T, int N>
+__device__ __forceinline__ void store(T* to, const Pack<T, N>& pack, int count) {
+  if constexpr (WIDE) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&pack);
+  } else {
+#pragma unroll
+    for (int v = 0; v < N; ++v)
+      if (v < count) to[v] = pack.values[v];
+  }
+}
+
+// The same pointer, of which the compiler does not know that it is the same: what is read through it in a loop is not
+// kept in registers over the whole loop.
+template <class T>
+__device__ __forceinline__ const T* anew(const T* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
+// Numbers of the channels of a vector: all different in channels_last, all the same in NCHW.
+template <class Tile, int ROWS>
+struct PerChannel {
+  static constexpr int N = Tile::LAST ? Tile::VECTOR : 1;
+  float values[ROWS][N];
+
+  __device__ __forceinline__ PerChannel(const float* from, int channel, int channels) {
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        values[row][n] = channel + n < channels ? from[static_cast<int64_t>(row) * channels + channel + n] : 0.f;
+  }
+  __device__ __forceinline__ float get(int row, int v) const { return values[row][Tile::LAST ? v : 0]; }
+};
+
+// Fills the source's tile. get.operator()<WIDE>(numbers, offset, count) gives a vector of the map, numbers being made by
+// numbers_of(channel).
+template <class Tile, bool WIDE, class T, class NumbersOf, class Get>
+__device__ __forceinline__ void stage_vectors(T* tile, const Map& map, int image, int channel, int row, int column,
+                                      const NumbersOf& numbers_of, const Get& get) {
+  constexpr int N = Tile::VECTOR;
+  const Pack<T, N> zeros = {};
+  if constexpr (Tile::LAST) {
+    constexpr int VECTORS = Tile::CHANNELS / N, STEP = Tile::THREADS / VECTORS;
+    const int first = threadIdx.x % VECTORS * N, count = map.channels - channel - first;
+    const auto numbers = numbers_of(channel + first);
+    // Four loads at a time, of which a backward has two in a step.
+#pragma unroll (!WIDE ? 1 : Tile::BACKWARD ? 2 : 4)
+    for (int i = threadIdx.x / VECTORS; i < Tile::SOURCE_ROWS * Tile::SOURCE_COLUMNS; i += STEP) {
+      const int y = row + i / Tile::SOURCE_COLUMNS, x = column + i % Tile::SOURCE_COLUMNS;
+      const bool inside = y >= 0 && y < map.rows && x >= 0 && x < map.columns && count > 0;
+      *reinterpret_cast<Pack<T, N>*>(tile + i * Tile::CHANNELS + first) =
+          inside ? get.template operator()<WIDE>(numbers, map.offset(true, image, channel + first, y, x), count) : zeros;
+    }
+  } else {
+    // Vectors begin at multiples of their length, which the source's tile may not.
+    constexpr int VECTORS = (Tile::SOURCE_COLUMNS + 2 * N - 2) / N;
+    const int start = (column + N) / N * N - N;
+    for (int i = threadIdx.x; i < Tile::CHANNELS * Tile::SOURCE_ROWS * VECTORS; i += Tile::THREADS) {
+      const int c = i / VECTORS / Tile::SOURCE_ROWS, line = i / VECTORS;
+      const int y = row + line % Tile::SOURCE_ROWS, x = start + i % VECTORS * N;
+      const bool inside = y >= 0 && y < map.rows && x >= 0 && x < map.columns && channel + c < map.channels;
+      const Pack<T, N> pack =
+          inside ? get.template operator()<WIDE>(numbers_of(channel + c), map.offset(false, image, channel + c, y, x), map.columns - x) : zeros;
+#pragma unroll
+      for (int v = 0; v < N; ++v)
+        if (x + v >= column && x + v < column + Tile::SOURCE_COLUMNS)
+          tile[line * Tile::SOURCE_ROW + x + v - column] = pack.values[v];
+    }
+  }
+}
+
+template <class Tile, class T, class NumbersOf, class Get>
+__device__ __forceinline__ void stage(T* tile, const Map& map, int image, int channel, int row, int column,
+                                      const NumbersOf& numbers_of, const Get& get) {
+  if (map.wide)
+    stage_vectors<Tile, true>(tile, map, image, channel, row, column, numbers_of, get);
+  else
+    stage_vectors<Tile, false>(tile, map, image, channel, row, column, numbers_of, get);
+}
+
+// Calls move.operator()<WIDE>(place in the tile, offset in the map, count) for the vectors of the tile that is written.
+template <class Tile, bool WIDE, class Move>
+__device__ __forceinline__ void move_vectors(const Map& map, int image, int channel, int row, int column,
+                                            const Move& move) {
+  constexpr int N = Tile::VECTOR, VECTORS = (Tile::LAST ? Tile::CHANNELS : Tile::COLUMNS) / N;
+#pragma unroll (WIDE ? 4 : 1)
+  for (int i = threadIdx.x; i < Tile::SIZE / N; i += Tile::THREADS) {
+    const int line = i / VECTORS, first = i % VECTORS * N;
+    if constexpr (Tile::LAST) {
+      const int y = row + line / Tile::COLUMNS, x = column + line % Tile::COLUMNS, c = channel + first;
+      if (y < map.rows && x < map.columns && c < map.channels)
+        move.template operator()<WIDE>(i * N, map.offset(true, image, c, y, x), map.channels - c);
+    } else {
+      const int c = channel + line / Tile::ROWS, y = row + line % Tile::ROWS, x = column + first;
+      if (y < map.rows && x < map.columns && c < map.channels)
+        move.template operator()<WIDE>(i * N, map.offset(false, image, c, y, x), map.columns - x);
+    }
+  }
+}
+
+template <class Tile, class Move>
+__device__ __forceinline__ void for_vectors(const Map& map, int image, int channel, int row, int column,
+                                            const Move& move) {
+  if (map.wide)
+    move_vectors<Tile, true>(map, image, channel, row, column, move);
+  else
+    move_vectors<Tile, false>(map, image, channel, row, column, move);
+}
+
+// The weight of the block's channels, [K * K][CHANNELS].
+template <class Tile, class T>
+__device__ __forceinline__ void stage_weight(T* tile, const T* weight, int channel, int channels) {
+  constexpr int TAPS = Tile::K * Tile::K;
+  const int count = min(Tile::CHANNELS, channels - channel) * TAPS;
+  for (int i = threadIdx.x; i < Tile::CHANNELS * TAPS; i += Tile::THREADS)
+    tile[i % TAPS * Tile::CHANNELS + i / TAPS] = i < count ? weight[static_cast<int64_t>(channel) * TAPS + i] : T(0.f);
+}
+
+// A thread's own channels of it.
+template <class Tile, class T>
+__device__ __forceinline__ void read_weight(const T* tile, float (&to)[Tile::K][Tile::K][Tile::V]) {
+#pragma unroll
+  for (int i = 0; i < Tile::K; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::K; ++j)
+      read(tile + (i * Tile::K + j) * Tile::CHANNELS + Tile::lane(threadIdx.x) * Tile::V, to[i][j]);
+}
+
+constexpr int WIDE = 32;  // channels of a block that adds, and threads that share one
+
+// ---- launches ----------------------------------------------------------------------------------------------------
+
+// f.operator()<T, Tile>() for what the problem asks: elements of three types, windows of 3 and 5, strides of 1 and 2, and
+// both layouts.
+template <bool BACKWARD, class T, class F>
+auto with_tile(const Problem& problem, const F& f) {
+  constexpr int BYTES = sizeof(T);
+  const auto with_layout = [&]<int K, int S>() {
+    if (problem.channels_last) return f.template operator()<T, Tile<BYTES, K, S, true, BACKWARD>>();
+    return f.template operator()<T, Tile<BYTES, K, S, false, BACKWARD>>();
+  };
+  if (problem.K == 3)
+    return problem.stride == 1 ? with_layout.template operator()<3, 1>() : with_layout.template operator()<3, 2>();
+  return problem.stride == 1 ? with_layout.template operator()<5, 1>() : with_layout.template operator()<5, 2>();
+}
+
+template <bool BACKWARD, class F>
+auto with_kernel(const Problem& problem, const F& f) {
+  if (problem.type == Type::bfloat16) return with_tile<BACKWARD, __nv_bfloat16>(problem, f);
+  if (problem.type == Type::float16) return with_tile<BACKWARD, __half>(problem, f);
+  return with_tile<BACKWARD, float>(problem, f);
+}
+
+// Blocks enough for any device: where there are more, each has several tiles, and so there are fewer partial sums. The
+// number must not depend on the device, since the order of the sums does on it.
+#if !defined(FUSEKERN_DW_BLOCKS)
+#define FUSEKERN_DW_BLOCKS 4096
+#endif
+constexpr int64_t ENOUGH = FUSEKERN_DW_BLOCKS;
+
+template <class Tile>
+Grid grid_of(const Problem& p) {
+  const auto map = [&](int rows, int columns) {
+    return Map{rows, columns, p.E, (Tile::LAST ? p.E : columns) % Tile::VECTOR == 0};
+  };
+  Grid grid{};
+  grid.source = Tile::BACKWARD ? map(p.h, p.w) : map(p.H, p.W);
+  grid.target = Tile::BACKWARD ? map(p.H, p.W) : map(p.h, p.w);
+  grid.tiles_down = (grid.target.rows + Tile::ROWS - 1) / Tile::ROWS;
+  grid.tiles_across = (grid.target.columns + Tile::COLUMNS - 1) / Tile::COLUMNS;
+  grid.tiles = p.B * grid.tiles_down * grid.tiles_across;
+  const int64_t blocks = static_cast<int64_t>(grid.tiles) * ((p.E + Tile::CHANNELS - 1) / Tile::CHANNELS);
+  grid.run = static_cast<int>(blocks / ENOUGH > 0 ? blocks / ENOUGH : 1);
+  if (grid.run > 32) grid.run = 32;
+  return grid;
+}
+
+int parts_of(const Grid& grid) { return (grid.tiles + grid.run - 1) / grid.run; }
+
+template <bool BACKWARD>
+int parts_of_problem(const Problem& problem) {
+  return with_kernel<BACKWARD>(problem, [&]<class T, class Tile>() { return parts_of(grid_of<Tile>(problem)); });
+}
+
+template <class Tile>
+unsigned blocks_of(const Problem& p, const Grid& grid) {
+  return static_cast<unsigned>(parts_of(grid)) * ((p.E + Tile::CHANNELS - 1) / Tile::CHANNELS);
+}
+
+bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
+  return true;
+}
+
+const char* words_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // so that the next check does not find it again
+  return cudaGetErrorString(error);
+}
+
+// A launch, and what CUDA says about it.
+template <class... Parameters, class... Arguments>
+const char* start(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return words_of(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+template <class Kernel>
+const char* attributes_of(Kernel* kernel, Attributes& to) {
+  cudaFuncAttributes found;
+  if (const char* error = words_of(cudaFuncGetAttributes(&found, kernel))) return error;
+  to.registers = found.numRegs;
+  to.local_bytes = static_cast<int>(found.localSizeBytes);
+  to.shared_bytes = static_cast<int>(found.sharedSizeBytes);
+  return nullptr;
+}
+
+// Attributes of the kernels that kernel_of.operator()<T, Tile>() gives.
+template <bool BACKWARD, class F>
+const char* attributes_of_all(std::vector<Attributes>& kernels, const F& kernel_of) {
+  const char* error = nullptr;
+  for (const auto& [type, type_name] : {std::pair{Type::float32, " float32"}, std::pair{Type::bfloat16, " bfloat16"},
+                                        std::pair{Type::float16, " float16"}})
+    for (const int K : {3, 5})
+      for (const int stride : {1, 2})
+        for (const bool last : {true, false})
+          with_kernel<BACKWARD>(Problem{type, last, K, stride, 1, 1, 1, 1, 1, 1}, [&]<class T, class Tile>() {
+            kernels.push_back({(BACKWARD ? "bwd" : "fwd") + std::string(type_name) + " k" + std::to_string(K) + " s" +
+                                   std::to_string(stride) + (last ? " channels_last" : " nchw"),
+                               Tile::THREADS});
+            if (!error) error = attributes_of(kernel_of.template operator()<T, Tile>(), kernels.back());
+          });
+  return error;
+}
+
+}  // namespace
+}  // namespace fusekern::dw

@@ -1,0 +1,687 @@
+// inverted_bottleneck in stages, between which Python turns statistics into scale and shift. Matrix products are
+// torch's, called tile by tile, so that what is read and written beside them is still in the cache.
+//
+// A tile holds some pixels and some of the E channels. Sums over E or over pixels go through one tile after the other in
+// a fixed order, whoever computes them; in bf16, which would be rounded each time, one product takes them all instead.
+#include "inverted_bottleneck.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <optional>
+#include <vector>
+
+#include "arguments.h"
+
+namespace fusekern {
+
+namespace {
+
+constexpr int64_t TILE_PIXELS = 512, TILE_FLOATS = 128 * 1024;  // half of an L2 cache
+
+int64_t parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
+// ---- layouts -------------------------------------------------------------------------------------------------------
+
+// All that is dense lies either channels_last, a matrix of N pixels, or as images, B matrices with a channel a row.
+struct Layout {
+  bool rows, bf16;
+  int64_t B, HW;
+  ScalarType dtype;
+  torch::stable::Device device;
+
+  int64_t N() const { return B * HW; }
+  int64_t bytes() const { return bf16 ? 2 : 4; }
+};
+
+bool is_dense(const Tensor& t, bool rows) {
+  const int64_t C = t.size(1), H = t.size(2), W = t.size(3);
+  const int64_t strides[] = {C * H * W, rows ? 1 : H * W, rows ? W * C : W, rows ? C : 1};
+  for (int i = 0; i < 4; ++i)
+    if (t.size(i) > 1 && t.stride(i) != strides[i]) return false;
+  return true;
+}
+
+// The layout that all of `tensors`, of the same batch and pixels or not, have in common.
+bool lie_in_rows(std::initializer_list<const Tensor*> tensors) {
+  for (const bool rows : {true, false})
+    if (std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) { return is_dense(*t, rows); })) return rows;
+  STD_TORCH_CHECK(false, "all but x and g must be dense, either channels_last or contiguous");
+}
+
+Layout layout_of(const Tensor& t, bool rows) {
+  return {rows, is_bf16(t), t.size(0), t.size(2) * t.size(3), t.scalar_type(), t.device()};
+}
+
+// Some pixels, which in images lie within one of them.
+struct Chunk {
+  int64_t b, first, count;  // of an image; in rows b is 0 and pixels are those of all images
+  int64_t before;           // pixels of all images ahead of these
+};
+
+std::vector<Chunk> chunks_of(const Layout& layout, int64_t most) {
+  std::vector<Chunk> chunks;
+  const int64_t images = layout.rows ? 1 : layout.B, pixels = layout.rows ? layout.N() : layout.HW;
+  const int64_t count = parts(pixels, most), size = parts(pixels, count);
+  for (int64_t b = 0; b < images; ++b)
+    for (int64_t first = 0; first < pixels; first += size)
+      chunks.push_back({b, first, std::min(size, pixels - first), b * pixels + first});
+  return chunks;
+}
+
+// A dense tensor of C channels, or a tile of one.
+struct Dense {
+  void* data;
+  int64_t C;
+  Layout layout;
+
+  int64_t pixel() const { return layout.rows ? C : 1; }  // strides
+  int64_t channel() const { return layout.rows ? 1 : layout.HW; }
+  void* at(const Chunk& chunk, int64_t c) const {
+    const int64_t n = chunk.b * C * layout.HW + chunk.first * pixel() + c * channel();
+    return static_cast<char*>(data) + n * layout.bytes();
+  }
+  Pixels pixels(const Chunk& chunk, int64_t c) const { return {at(chunk, c), 0, 0, 0, 0, 0, pixel(), channel()}; }
+  Tensor matrix(const Chunk& chunk, int64_t c, int64_t channels) const {  // [pixels, channels]
+    const int64_t shape[] = {chunk.count, channels}, strides[] = {pixel(), channel()};
+    return torch::stable::from_blob(at(chunk, c), {shape, 2}, {strides, 2}, layout.device, layout.dtype);
+  }
+};
+
+Dense dense(const Tensor& t, const Layout& layout) { return {t.data_ptr(), t.size(1), layout}; }
+
+// A tile of all pixels of a chunk in memory of its own: one image, however many there are.
+Dense tile_of(float* memory, const Layout& layout, int64_t pixels, int64_t channels) {
+  Layout own = layout;
+  own.B = 1, own.HW = pixels;
+  return {memory, channels, own};
+}
+
+Chunk all_of(int64_t pixels) { return {0, 0, pixels, 0}; }
+
+// The pixels of a chunk of a map with any strides.
+Pixels pixels_of(const Tensor& t, const Layout& layout, const Chunk& chunk) {
+  const Map map = map_of(t);
+  char* const data = static_cast<char*>(map.data) + (layout.rows ? 0 : chunk.b * map.batch * layout.bytes());
+  return {data, chunk.first, t.size(2), t.size(3), map.batch, map.row, map.column, map.channel};
+}
+
+int64_t floats(const Layout& layout, int64_t numbers) { return (numbers * layout.bytes() + 3) / 4; }
+
+// x as it is, if its pixels are rows or columns of matrices, else a copy in this layout.
+struct Image {
+  Image(const Tensor& x, const Layout& layout, bool joined) : C(x.size(1)), layout(layout) {
+    const Map map = map_of(x);
+    const int64_t B = x.size(0), H = x.size(2), W = x.size(3);
+    pixel = W > 1 ? map.column : H > 1 ? map.row : layout.rows && B > 1 ? map.batch : map.channel == 1 ? C : 1;
+    channel = C > 1 ? map.channel : pixel == 1 ? layout.N() : 1;
+    batch = map.batch;
+    const bool one_row = W == 1 || H == 1 || map.row == W * pixel;
+    const bool one_matrix = B == 1 || (H == 1 && W == 1) || map.batch == H * W * pixel;
+    const bool flat = (channel == 1 && pixel >= C) || (pixel == 1 && channel >= layout.HW);
+    if (one_row && flat && ((!layout.rows && !joined) || one_matrix)) {
+      data = static_cast<char*>(map.data);
+      return;
+    }
+    copy.emplace(floats(layout, x.numel()));
+    data = reinterpret_cast<char*>(copy->data);
+    // Images that are joined lie channel by channel: [C, B, H, W].
+    pixel = layout.rows ? C : 1, channel = layout.rows ? 1 : joined ? layout.N() : layout.HW;
+    batch = layout.rows || joined ? layout.HW * pixel : C * layout.HW;
+    const int64_t shape[] = {B, C, H, W}, strides[] = {batch, channel, W * pixel, pixel};
+    Tensor to = torch::stable::from_blob(data, {shape, 4}, {strides, 4}, layout.device, layout.dtype);
+    torch::stable::copy_(to, x);
+  }
+
+  Tensor matrix(const Chunk& chunk) const {  // [pixels, C]
+    const int64_t shape[] = {chunk.count, C}, strides[] = {pixel, channel};
+    char* const at = data + (chunk.b * batch + chunk.first * pixel) * layout.bytes();
+    return torch::stable::from_blob(at, {shape, 2}, {strides, 2}, layout.device, layout.dtype);
+  }
+
+  int64_t C;
+  Layout layout;
+  int64_t pixel, channel, batch;
+  char* data;
+  std::optional<Scratch> copy;
+};
+
+// A weight [rows, columns], contiguous: some of its rows and columns, or the other way round.
+Tensor block(const Tensor& weight, int64_t row, int64_t rows, int64_t column, int64_t columns, bool turned = false) {
+  const int64_t ld = weight.size(1), size = weight.scalar_type() == ScalarType::Float ? 4 : 2;
+  const int64_t shape[] = {turned ? columns : rows, turned ? rows : columns}, strides[] = {turned ? 1 : ld, turned ? ld : 1};
+  char* const at = static_cast<char*>(weight.data_ptr()) + (row * ld + column) * size;
+  return torch::stable::from_blob(at, {shape, 2}, {strides, 2}, weight.device(), weight.scalar_type());
+}
+
+Tensor turned(const Tensor& matrix) {
+  const int64_t shape[] = {matrix.size(1), matrix.size(0)}, strides[] = {matrix.stride(1), matrix.stride(0)};
+  return torch::stable::from_blob(matrix.data_ptr(), {shape, 2}, {strides, 2}, matrix.device(), matrix.scalar_type());
+}
+
+// ---- work ----------------------------------------------------------------------------------------------------------
+
+// to = a b, or to += a b.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add) {
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1., 1.)
+                             : aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
+}
+
+// f(item) for each; with more than one thread all in threads of the pool, where torch's products use no further threads:
+// their result must not depend on how many there are.
+template <class F>
+void for_each(int64_t items, const F& f) {
+  torch::stable::parallel_for(0, std::max<int64_t>(items, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < std::min(end, items); ++item) f(item);
+  });
+}
+
+// The E channels in blocks, at least two of them.
+struct Channels {
+  Channels(int64_t E, int64_t most) : E(E) {
+    const int64_t count = std::max<int64_t>(E > 32 ? 2 : 1, parts(E, most));
+    size = parts(parts(E, count), 16) * 16;
+  }
+  int64_t count() const { return parts(E, size); }
+  int64_t first(int64_t item) const { return item * size; }
+  int64_t channels(int64_t item) const { return std::min(size, E - item * size); }
+
+  int64_t E, size;
+};
+
+// Blocks such that a tile with these pixels fits into the cache.
+Channels tiles(int64_t E, int64_t pixels) { return {E, std::max<int64_t>(64, std::min<int64_t>(512, TILE_FLOATS / pixels))}; }
+
+BottleneckPass pass_over(const Layout& layout, int64_t pixels, int64_t channels) {
+  BottleneckPass pass{};
+  pass.bf16 = layout.bf16, pass.rows = layout.rows, pass.pixels = pixels, pass.channels = channels;
+  return pass;
+}
+
+// The vectors of an affine [2, c] or a coef [4, c] from channel c0 on.
+void give(BottleneckPass& pass, const Tensor& vectors, int64_t c0) {
+  for (int64_t i = 0; i < vectors.size(0); ++i)
+    pass.vectors[i] = static_cast<const float*>(vectors.data_ptr()) + i * vectors.size(1) + c0;
+}
+
+float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+// out = relu6(affine y)
+void activate(const Dense& y, const Chunk& from, int64_t c0, const Tensor& affine, const Dense& out, const Chunk& to) {
+  BottleneckPass pass = pass_over(out.layout, from.count, out.C);
+  pass.a = y.pixels(from, c0), pass.out = out.pixels(to, 0);
+  give(pass, affine, c0);
+  FUSEKERN_PICK(bottleneck_activate)(pass);
+}
+
+// out = coef(dv, y)
+void through_norm(const Pixels& dv, const Pixels& y, int64_t pixels, int64_t c0, const Tensor& coef, const Dense& out,
+                  const Chunk& to) {
+  BottleneckPass pass = pass_over(out.layout, pixels, out.C);
+  pass.a = dv, pass.b = y, pass.out = out.pixels(to, 0);
+  give(pass, coef, c0);
+  FUSEKERN_PICK(bottleneck_coef)(pass);
+}
+
+// Moments [3][channels] take in a chunk of y.
+void add_moments(const Dense& y, const Chunk& chunk, int64_t c0, int64_t channels, float* moments, int64_t before) {
+  BottleneckPass pass = pass_over(y.layout, chunk.count, channels);
+  pass.a = y.pixels(chunk, c0);
+  for (int i = 0; i < 3; ++i) pass.sums[i] = moments + i * channels;
+  pass.before = before;
+  FUSEKERN_PICK(bottleneck_moments)(pass);
+}
+
+void clear(float* floats, int64_t count) { std::fill(floats, floats + count, 0.f); }
+
+void check_vectors(const char* name, const Tensor& t, int64_t vectors, int64_t channels) {
+  if (vectors == 1)
+    check(name, t, {channels}, ScalarType::Float);
+  else
+    check(name, t, {vectors, channels}, ScalarType::Float);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+
+void check_weight(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  check(name, t, shape, dtype);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+
+void check_map(const char* name, const Tensor& t, const Tensor& like, int64_t channels) {
+  STD_TORCH_CHECK(like.dim() == 4, "maps must be [B, C, H, W]");
+  check(name, t, {like.size(0), channels, like.size(2), like.size(3)}, like.scalar_type());
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+void expand_fwd(const Tensor& x,   // [B, C, H, W]
+                const Tensor& w1,  // [E, C]
+                Tensor y1,         // [B, E, H, W]
+                std::optional<Tensor> stats1) {
+  const int64_t C = x.size(1), E = w1.size(0);
+  check_map("x", x, y1, C), check_map("y1", y1, x, E), check_weight("w1", w1, {E, C}, x.scalar_type());
+  if (stats1) check_vectors("stats1", *stats1, 2, E);
+  const Layout layout = layout_of(y1, lie_in_rows({&y1}));
+  const Image image(x, layout, false);
+  const Dense to = dense(y1, layout);
+  const auto chunks = chunks_of(layout, TILE_PIXELS);
+  const Channels blocks = tiles(E, chunks[0].count);
+  for_each(blocks.count(), [&](int64_t item) {
+    const int64_t c0 = blocks.first(item), channels = blocks.channels(item);
+    const Tensor weight = block(w1, c0, channels, 0, C, true);
+    const Scratch moments(3 * channels);
+    clear(moments.data, 3 * channels);
+    for (const Chunk& chunk : chunks) {
+      multiply(image.matrix(chunk), weight, to.matrix(chunk, c0, channels), false);
+      if (stats1) add_moments(to, chunk, c0, channels, moments.data, chunk.before);
+    }
+    for (int64_t c = 0; stats1 && c < channels; ++c) {
+      data_of(*stats1)[c0 + c] = moments.data[2 * channels + c] + moments.data[c];
+      data_of(*stats1)[E + c0 + c] = moments.data[channels + c];
+    }
+  });
+}
+
+BottleneckDepthwise depthwise(const Tensor& y1, const Tensor& y2, const Tensor& wd, int64_t stride, bool rows) {
+  const int64_t E = y1.size(1), k = wd.dim() == 3 ? wd.size(1) : 0;
+  STD_TORCH_CHECK((k == 3 || k == 5) && (stride == 1 || stride == 2), "the kernel must be 3 or 5, the stride 1 or 2");
+  check_weight("wd", wd, {E, k, k}, y1.scalar_type());
+  STD_TORCH_CHECK(y1.dim() == 4 && y1.numel() > 0, "y1 must be [B, E, H, W] and not empty");
+  const int64_t h = (y1.size(2) - 1) / stride + 1, w = (y1.size(3) - 1) / stride + 1;
+  check("y2", y2, {y1.size(0), E, h, w}, y1.scalar_type());
+  BottleneckDepthwise op{};
+  op.bf16 = is_bf16(y1), op.rows = rows;
+  op.B = y1.size(0), op.channels = E, op.H = y1.size(2), op.W = y1.size(3), op.h = h, op.w = w, op.k = k, op.stride = stride;
+  op.wd = wd.data_ptr(), op.pitch = E;
+  op.y1 = map_of(y1), op.y2 = map_of(y2);
+  // Sizes of 1 may have any stride.
+  if (rows) op.y1.channel = op.y2.channel = 1;
+  // As many channels as rows for them fit into the cache; in images a vector's, whose rows are read whole.
+  op.block = rows ? Channels(E, std::clamp<int64_t>(TILE_FLOATS / 2 / (k * (op.W + 2 * (k / 2))) / 16 * 16, 16, 512)).size
+                  : std::min<int64_t>(E, 16);
+  return op;
+}
+
+template <class F>
+void run(BottleneckDepthwise& op, const F& f) {
+  FUSEKERN_PICK(bottleneck_depthwise_plan)(op);
+  for_each(parts(op.channels, op.block), [&](int64_t item) {
+    const Scratch scratch(op.scratch_floats + op.ring_floats);
+    f(op, item, item + 1, scratch.data);
+  });
+}
+
+void depthwise_fwd(const Tensor& y1,       // [B, E, H, W]
+                   const Tensor& affine1,  // [2, E]
+                   const Tensor& wd,       // [E, k, k]
+                   int64_t stride,
+                   Tensor y2,  // [B, E, h, w]
+                   std::optional<Tensor> stats2) {
+  BottleneckDepthwise op = depthwise(y1, y2, wd, stride, lie_in_rows({&y1, &y2}));
+  check_vectors("affine1", affine1, 2, op.channels);
+  if (stats2) check_vectors("stats2", *stats2, 2, op.channels);
+  op.affine1 = data_of(affine1);
+  op.stats2 = stats2 ? data_of(*stats2) : nullptr;
+  run(op, FUSEKERN_PICK(bottleneck_depthwise_fwd));
+}
+
+// Joins the moments of chunks [chunks][3][C] into stats.
+void join(const std::vector<Chunk>& chunks, const float* partial, int64_t C, float* stats) {
+  for (int64_t c = 0; c < C; ++c) {
+    double mean = 0, squares = 0, count = 0;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const float* const moments = partial + 3 * i * C + c;
+      const double more = static_cast<double>(chunks[i].count), other = static_cast<double>(moments[0]) + moments[2 * C];
+      squares += moments[C] + (count > 0 ? (other - mean) * (other - mean) * count * more / (count + more) : 0);
+      mean = count > 0 ? mean + (other - mean) * more / (count + more) : other;
+      count += more;
+    }
+    stats[c] = static_cast<float>(mean), stats[C + c] = static_cast<float>(squares);
+  }
+}
+
+void project_fwd(const Tensor& y2,       // [B, E, h, w]
+                 const Tensor& affine2,  // [2, E]
+                 const Tensor& w3,       // [O, E]
+                 Tensor y3,              // [B, O, h, w]
+                 std::optional<Tensor> stats3) {
+  const int64_t E = y2.size(1), O = w3.size(0);
+  check_map("y2", y2, y3, E), check_map("y3", y3, y2, O), check_weight("w3", w3, {O, E}, y2.scalar_type());
+  check_vectors("affine2", affine2, 2, E);
+  if (stats3) check_vectors("stats3", *stats3, 2, O);
+  const Layout layout = layout_of(y2, lie_in_rows({&y2, &y3}));
+  const Dense from = dense(y2, layout), to = dense(y3, layout);
+  const auto chunks = chunks_of(layout, layout.bf16 ? TILE_PIXELS / 2 : TILE_PIXELS);
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  Channels blocks = tiles(E, chunks[0].count);
+  if (layout.bf16) blocks.size = E;
+  const Scratch partial(3 * O * count);
+  clear(partial.data, 3 * O * count);
+  for_each(count, [&](int64_t item) {
+    const Chunk& chunk = chunks[item];
+    const Scratch memory(floats(layout, chunk.count * blocks.size));
+    for (int64_t i = 0; i < blocks.count(); ++i) {
+      const int64_t c0 = blocks.first(i), channels = blocks.channels(i);
+      const Dense tile = tile_of(memory.data, layout, chunk.count, channels);
+      activate(from, chunk, c0, affine2, tile, all_of(chunk.count));
+      multiply(tile.matrix(all_of(chunk.count), 0, channels), block(w3, 0, O, c0, channels, true), to.matrix(chunk, 0, O),
+               i > 0);
+    }
+    if (stats3) add_moments(to, chunk, 0, O, partial.data + 3 * O * item, 0);
+  });
+  if (stats3) join(chunks, partial.data, O, data_of(*stats3));
+}
+
+// out = affine y (+ x)
+void finish(const Dense& y, const Chunk& from, const Tensor& affine, const Tensor* x, const Dense& out, const Chunk& to) {
+  BottleneckPass pass = pass_over(y.layout, from.count, y.C);
+  pass.a = y.pixels(from, 0), pass.out = out.pixels(to, 0);
+  if (x != nullptr) pass.b = pixels_of(*x, out.layout, to);
+  give(pass, affine, 0);
+  FUSEKERN_PICK(bottleneck_affine)(pass);
+}
+
+void residual_fwd(const Tensor& y3,       // [B, O, h, w]
+                  const Tensor& affine3,  // [2, O]
+                  const std::optional<Tensor>& x,
+                  Tensor out) {  // [B, O, h, w]
+  const int64_t O = y3.size(1);
+  check_map("y3", y3, out, O), check_map("out", out, y3, O), check_vectors("affine3", affine3, 2, O);
+  if (x) check_map("x", *x, y3, O);
+  const Layout layout = layout_of(y3, lie_in_rows({&y3, &out}));
+  const auto chunks = chunks_of(layout, TILE_PIXELS);
+  for_each(static_cast<int64_t>(chunks.size()), [&](int64_t item) {
+    finish(dense(y3, layout), chunks[item], affine3, x ? &*x : nullptr, dense(out, layout), chunks[item]);
+  });
+}
+
+// ---- inference -----------------------------------------------------------------------------------------------------
+
+// Strip by strip of an image: its rows of the expanded map a block of channels at a time, filtered into a tile of all
+// channels, and that projected. What the filter still needs of the rows above stays in rings.
+void infer(const Tensor& x,        // [B, C, H, W]
+           const Tensor& w1,       // [E, C]
+           const Tensor& affine1,  // [2, E]
+           const Tensor& wd,       // [E, k, k]
+           const Tensor& affine2,  // [2, E]
+           const Tensor& w3,       // [O, E]
+           const Tensor& affine3,  // [2, O]
+           int64_t stride, bool residual,
+           Tensor out) {  // [B, O, h, w]
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), E = w1.size(0), O = w3.size(0);
+  const int64_t k = wd.dim() == 3 ? wd.size(1) : 0, pad = k / 2;
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK((k == 3 || k == 5) && (stride == 1 || stride == 2), "the kernel must be 3 or 5, the stride 1 or 2");
+  const int64_t h = (H - 1) / stride + 1, w = (W - 1) / stride + 1;
+  check("x", x, {B, C, H, W}, dtype), check("out", out, {B, O, h, w}, dtype);
+  STD_TORCH_CHECK(!residual || (stride == 1 && C == O), "a residual needs stride 1 and as many channels as x has");
+  check_weight("w1", w1, {E, C}, dtype), check_weight("wd", wd, {E, k, k}, dtype), check_weight("w3", w3, {O, E}, dtype);
+  check_vectors("affine1", affine1, 2, E), check_vectors("affine2", affine2, 2, E), check_vectors("affine3", affine3, 2, O);
+
+  const bool rows = lie_in_rows({&out});
+  const Layout layout = layout_of(out, rows);
+  Layout before = layout;
+  before.HW = H * W;
+  const Image image(x, before, false);
+  const Dense to = dense(out, layout);
+  const int64_t strips = parts(h * w, TILE_PIXELS), height = parts(h, std::min(h, strips));
+  const int64_t in_rows = std::min(H, height * stride + k), in_pixels = in_rows * W, pixels = height * w;
+  const Channels blocks = tiles(E, std::max(in_pixels, pixels));
+
+  BottleneckDepthwise op{};
+  op.bf16 = layout.bf16, op.rows = rows, op.B = 1, op.channels = E, op.H = H, op.W = W, op.h = h, op.w = w, op.k = k;
+  op.stride = stride, op.block = blocks.size, op.wd = wd.data_ptr(), op.pitch = E;
+  op.affine1 = data_of(affine1), op.affine2 = data_of(affine2);
+  FUSEKERN_PICK(bottleneck_depthwise_plan)(op);
+
+  // As many images at a time as keep all threads busy.
+  const int64_t wave = std::min<int64_t>(B, parts(torch::stable::get_num_threads(), blocks.count()));
+  const int64_t tile_floats = floats(layout, pixels * E), y3_floats = floats(layout, pixels * O);
+  const Scratch rings(wave * blocks.count() * op.ring_floats), memory(wave * (tile_floats + y3_floats));
+  const auto tile = [&](int64_t image) { return memory.data + image * (tile_floats + y3_floats); };
+  for (int64_t b0 = 0; b0 < B; b0 += wave)
+    for (int64_t y0 = 0, staged = 0; y0 < h; y0 += height) {
+      const int64_t y1 = std::min(h, y0 + height), need = std::min(H, (y1 - 1) * stride + k - pad);
+      const int64_t images = std::min(wave, B - b0), fresh = (need - staged) * W, count = (y1 - y0) * w;
+      for_each(images * blocks.count(), [&](int64_t item) {
+        const int64_t slot = item / blocks.count(), b = b0 + slot, i = item % blocks.count();
+        const int64_t c0 = blocks.first(i), channels = blocks.channels(i);
+        const Scratch expanded(floats(layout, std::max<int64_t>(fresh, 1) * channels)), scratch(op.scratch_floats);
+        const Dense from = tile_of(expanded.data, layout, fresh, channels), into = tile_of(tile(slot), layout, count, E);
+        if (fresh > 0) {
+          const Chunk chunk = rows ? Chunk{0, b * H * W + staged * W, fresh, 0} : Chunk{b, staged * W, fresh, 0};
+          multiply(image.matrix(chunk), block(w1, c0, channels, 0, C, true), from.matrix(all_of(fresh), 0, channels), false);
+        }
+        // The body counts rows from the top of the image, and channels from the first of all.
+        BottleneckDepthwise part = op;
+        const auto shifted = [&](const Dense& dense, int64_t width, int64_t row, int64_t channel) {
+          const Map map{nullptr, 0, dense.channel(), width * dense.pixel(), dense.pixel()};
+          char* const data = static_cast<char*>(dense.data) - (row * map.row + channel * map.channel) * layout.bytes();
+          return Map{data, 0, map.channel, map.row, map.column};
+        };
+        part.y1 = shifted(from, W, staged, c0), part.y2 = shifted(into, w, y0, 0);
+        FUSEKERN_PICK(bottleneck_depthwise_rows)(part, i, staged, y0, y1, rings.data + item * op.ring_floats, scratch.data);
+      });
+      staged = std::max(staged, need);
+      const int64_t halves = count > 1 ? 2 : 1, half = parts(count, halves);
+      for_each(images * halves, [&](int64_t item) {
+        const int64_t slot = item / halves, b = b0 + slot, first = item % halves * half, some = std::min(half, count - first);
+        const Dense from = tile_of(tile(slot), layout, count, E), y3 = tile_of(tile(slot) + tile_floats, layout, count, O);
+        const Chunk part{0, first, some, 0};
+        multiply(from.matrix(part, 0, E), block(w3, 0, O, 0, E, true), y3.matrix(part, 0, O), false);
+        const int64_t n = y0 * w + first;
+        finish(y3, part, affine3, residual ? &x : nullptr, to, rows ? Chunk{0, b * h * w + n, some, 0} : Chunk{b, n, some, 0});
+      });
+    }
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+void output_bwd(const Tensor& g,      // [B, O, h, w]
+                const Tensor& y3,     // [B, O, h, w]
+                const Tensor& mean3,  // [O]
+                Tensor sums3) {       // [2, O]
+  const int64_t O = y3.size(1);
+  check_map("y3", y3, g, O), check_map("g", g, y3, O), check_vectors("mean3", mean3, 1, O), check_vectors("sums3", sums3, 2, O);
+  const Layout layout = layout_of(y3, lie_in_rows({&y3}));
+  const auto chunks = chunks_of(layout, TILE_PIXELS);
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  const Scratch partial(2 * O * count);
+  clear(partial.data, 2 * O * count);
+  for_each(count, [&](int64_t item) {
+    BottleneckPass pass = pass_over(layout, chunks[item].count, O);
+    pass.a = pixels_of(g, layout, chunks[item]), pass.b = dense(y3, layout).pixels(chunks[item], 0);
+    pass.vectors[0] = data_of(mean3);
+    pass.sums[0] = partial.data + 2 * O * item, pass.sums[1] = pass.sums[0] + O;
+    FUSEKERN_PICK(bottleneck_sums)(pass);
+  });
+  for (int64_t c = 0; c < 2 * O; ++c) {
+    double total = 0;
+    for (int64_t item = 0; item < count; ++item) total += partial.data[2 * O * item + c];
+    data_of(sums3)[c] = static_cast<float>(total);
+  }
+}
+
+void project_bwd(const Tensor& g,        // [B, O, h, w]
+                 const Tensor& y3,       // [B, O, h, w]
+                 const Tensor& coef3,    // [4, O]
+                 const Tensor& y2,       // [B, E, h, w]
+                 const Tensor& affine2,  // [2, E]
+                 const Tensor& mean2,    // [E]
+                 const Tensor& w3,       // [O, E]
+                 Tensor dz,              // [B, E, h, w]
+                 Tensor dw3,             // [O, E]
+                 std::optional<Tensor> sums2) {  // [2, E]
+  const int64_t E = y2.size(1), O = y3.size(1);
+  check_map("y2", y2, y3, E), check_map("g", g, y2, O), check_map("y3", y3, y2, O), check_map("dz", dz, y2, E);
+  check_weight("w3", w3, {O, E}, y2.scalar_type()), check_weight("dw3", dw3, {O, E}, y2.scalar_type());
+  check_vectors("coef3", coef3, 4, O), check_vectors("affine2", affine2, 2, E), check_vectors("mean2", mean2, 1, E);
+  if (sums2) check_vectors("sums2", *sums2, 2, E);
+  const Layout layout = layout_of(y2, lie_in_rows({&y3, &y2, &dz}));
+  const auto chunks = chunks_of(layout, TILE_PIXELS);
+  const int64_t N = layout.N(), most = chunks[0].count;
+  const Dense from = dense(y2, layout), to = dense(dz, layout);
+  const Scratch memory(floats(layout, N * O));
+  const Dense dy3 = tile_of(memory.data, layout, N, O);
+  for_each(static_cast<int64_t>(chunks.size()), [&](int64_t item) {
+    const Chunk &chunk = chunks[item], there{0, chunk.before, chunk.count, 0};
+    through_norm(pixels_of(g, layout, chunk), dense(y3, layout).pixels(chunk, 0), chunk.count, 0, coef3, dy3, there);
+  });
+  const Channels blocks = tiles(E, layout.bf16 ? std::max<int64_t>(N / 4, 1) : most);
+  for_each(blocks.count(), [&](int64_t item) {
+    const int64_t c0 = blocks.first(item), channels = blocks.channels(item);
+    const Scratch activated(floats(layout, (layout.bf16 ? N : most) * channels)), product(floats(layout, most * channels));
+    const Scratch sums(2 * channels);
+    clear(sums.data, 2 * channels);
+    const Tensor dweight = block(dw3, 0, O, c0, channels), weight = block(w3, 0, O, c0, channels);
+    const Dense all = tile_of(activated.data, layout, N, channels);
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const Chunk &chunk = chunks[i], there{0, chunk.before, chunk.count, 0}, own = all_of(chunk.count);
+      const Dense tile = layout.bf16 ? all : tile_of(activated.data, layout, chunk.count, channels);
+      activate(from, chunk, c0, affine2, tile, layout.bf16 ? there : own);
+      if (!layout.bf16)
+        multiply(turned(dy3.matrix(there, 0, O)), tile.matrix(own, 0, channels), dweight, i > 0);
+      const Dense back = tile_of(product.data, layout, chunk.count, channels);
+      multiply(dy3.matrix(there, 0, O), weight, back.matrix(own, 0, channels), false);
+      BottleneckPass pass = pass_over(layout, chunk.count, channels);
+      pass.a = back.pixels(own, 0), pass.b = from.pixels(chunk, c0), pass.out = to.pixels(chunk, c0);
+      give(pass, affine2, c0);
+      pass.vectors[2] = data_of(mean2) + c0;
+      pass.sums[0] = sums.data, pass.sums[1] = sums.data + channels;
+      FUSEKERN_PICK(bottleneck_mask)(pass);
+    }
+    if (layout.bf16)
+      multiply(turned(dy3.matrix(all_of(N), 0, O)), all.matrix(all_of(N), 0, channels), dweight, false);
+    if (sums2)
+      for (int64_t i = 0; i < 2; ++i)
+        std::copy_n(sums.data + i * channels, channels, data_of(*sums2) + i * E + c0);
+  });
+}
+
+void depthwise_bwd(const Tensor& dz,       // [B, E, h, w]
+                   const Tensor& y2,       // [B, E, h, w]
+                   const Tensor& coef2,    // [4, E]
+                   const Tensor& y1,       // [B, E, H, W]
+                   const Tensor& affine1,  // [2, E]
+                   const Tensor& mean1,    // [E]
+                   const Tensor& wd,       // [E, k, k]
+                   int64_t stride,
+                   Tensor d,    // [B, E, H, W]
+                   Tensor dwd,  // [E, k, k]
+                   std::optional<Tensor> sums1) {  // [2, E]
+  BottleneckDepthwise op = depthwise(y1, y2, wd, stride, lie_in_rows({&dz, &y2, &y1, &d}));
+  check_map("dz", dz, y2, op.channels), check_map("d", d, y1, op.channels);
+  check_weight("dwd", dwd, {op.channels, op.k, op.k}, y1.scalar_type());
+  check_vectors("coef2", coef2, 4, op.channels), check_vectors("affine1", affine1, 2, op.channels);
+  check_vectors("mean1", mean1, 1, op.channels);
+  if (sums1) check_vectors("sums1", *sums1, 2, op.channels);
+  op.dz = op.y2, op.d = op.y1;
+  op.dz.data = dz.data_ptr(), op.d.data = d.data_ptr();
+  op.dwd = dwd.data_ptr();
+  op.coef2 = data_of(coef2), op.affine1 = data_of(affine1), op.mean1 = data_of(mean1);
+  op.sums1 = sums1 ? data_of(*sums1) : nullptr;
+  run(op, FUSEKERN_PICK(bottleneck_depthwise_bwd));
+}
+
+void expand_bwd(const Tensor& d,      // [B, E, H, W]
+                const Tensor& y1,     // [B, E, H, W]
+                const Tensor& coef1,  // [4, E]
+                const Tensor& x,      // [B, C, H, W]
+                const Tensor& w1,     // [E, C]
+                const std::optional<Tensor>& g,  // [B, C, H, W]
+                Tensor dx,     // [B, C, H, W]
+                Tensor dw1) {  // [E, C]
+  const int64_t C = x.size(1), E = w1.size(0);
+  check_map("x", x, y1, C), check_map("y1", y1, x, E), check_map("d", d, x, E), check_map("dx", dx, x, C);
+  if (g) check_map("g", *g, x, C);
+  check_weight("w1", w1, {E, C}, x.scalar_type()), check_weight("dw1", dw1, {E, C}, x.scalar_type());
+  check_vectors("coef1", coef1, 4, E);
+  const Layout layout = layout_of(y1, lie_in_rows({&d, &y1, &dx}));
+  const int64_t N = layout.N();
+  const auto chunks = chunks_of(layout, layout.bf16 ? TILE_PIXELS / 2 : TILE_PIXELS);
+  const int64_t count = static_cast<int64_t>(chunks.size()), most = chunks[0].count;
+  const Dense from_d = dense(d, layout), from_y = dense(y1, layout), to = dense(dx, layout);
+  const Image image(x, layout, layout.bf16);
+  if (g) torch::stable::copy_(dx, *g);
+  const auto fill = [&](const Chunk& chunk, int64_t c0, const Dense& tile, const Chunk& there) {
+    through_norm(from_d.pixels(chunk, c0), from_y.pixels(chunk, c0), chunk.count, c0, coef1, tile, there);
+  };
+
+  if (layout.bf16) {
+    for_each(count, [&](int64_t item) {
+      const Chunk &chunk = chunks[item], own = all_of(chunk.count);
+      const Scratch memory(floats(layout, chunk.count * E));
+      const Dense tile = tile_of(memory.data, layout, chunk.count, E);
+      fill(chunk, 0, tile, own);
+      multiply(tile.matrix(own, 0, E), w1, to.matrix(chunk, 0, C), g.has_value());
+    });
+    const Channels blocks = tiles(E, std::max<int64_t>(N / 4, 1));
+    for_each(blocks.count(), [&](int64_t item) {
+      const int64_t c0 = blocks.first(item), channels = blocks.channels(item);
+      const Scratch memory(floats(layout, N * channels));
+      const Dense tile = tile_of(memory.data, layout, N, channels);
+      for (const Chunk& chunk : chunks) fill(chunk, c0, tile, {0, chunk.before, chunk.count, 0});
+      multiply(turned(tile.matrix(all_of(N), 0, channels)), image.matrix(all_of(N)), block(dw1, c0, channels, 0, C), false);
+    });
+    return;
+  }
+
+  const Channels blocks = tiles(E, most);
+  const auto work = [&](int64_t i, int64_t j, float* memory, bool image_too, bool weight_too) {
+    const Chunk &chunk = chunks[i], own = all_of(chunk.count);
+    const int64_t c0 = blocks.first(j), channels = blocks.channels(j);
+    const Dense tile = tile_of(memory, layout, chunk.count, channels);
+    fill(chunk, c0, tile, own);
+    const Tensor dy1 = tile.matrix(own, 0, channels);
+    if (image_too) multiply(dy1, block(w1, c0, channels, 0, C), to.matrix(chunk, 0, C), j > 0 || g.has_value());
+    if (weight_too) multiply(turned(dy1), image.matrix(chunk), block(dw1, c0, channels, 0, C), i > 0);
+  };
+  // One thread fills each tile once; several do it once for either result, each of which is one thread's alone.
+  const bool alone = torch::stable::get_num_threads() == 1;
+  for_each(count, [&](int64_t i) {
+    const Scratch memory(most * blocks.size);
+    for (int64_t j = 0; j < blocks.count(); ++j) work(i, j, memory.data, true, alone);
+  });
+  if (alone) return;
+  for_each(blocks.count(), [&](int64_t j) {
+    const Scratch memory(most * blocks.size);
+    for (int64_t i = 0; i < count; ++i) work(i, j, memory.data, false, true);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cpp, m) {
+  m.def("inverted_bottleneck_expand_fwd(Tensor x, Tensor w1, Tensor(a!) y1, Tensor(b!)? stats1) -> ()");
+  m.def(
+      "inverted_bottleneck_depthwise_fwd(Tensor y1, Tensor affine1, Tensor wd, int stride, Tensor(a!) y2, "
+      "Tensor(b!)? stats2) -> ()");
+  m.def("inverted_bottleneck_project_fwd(Tensor y2, Tensor affine2, Tensor w3, Tensor(a!) y3, Tensor(b!)? stats3) -> ()");
+  m.def("inverted_bottleneck_residual_fwd(Tensor y3, Tensor affine3, Tensor? x, Tensor(a!) out) -> ()");
+  m.def(
+      "inverted_bottleneck_infer(Tensor x, Tensor w1, Tensor affine1, Tensor wd, Tensor affine2, Tensor w3, "
+      "Tensor affine3, int stride, bool residual, Tensor(a!) out) -> ()");
+  m.def("inverted_bottleneck_output_bwd(Tensor g, Tensor y3, Tensor mean3, Tensor(a!) sums3) -> ()");
+  m.def(
+      "inverted_bottleneck_project_bwd(Tensor g, Tensor y3, Tensor coef3, Tensor y2, Tensor affine2, Tensor mean2, "
+      "Tensor w3, Tensor(a!) dz, Tensor(b!) dw3, Tensor(c!)? sums2) -> ()");
+  m.def(
+      "inverted_bottleneck_depthwise_bwd(Tensor dz, Tensor y2, Tensor coef2, Tensor y1, Tensor affine1, Tensor mean1, "
+      "Tensor wd, int stride, Tensor(a!) d, Tensor(b!) dwd, Tensor(c!)? sums1) -> ()");
+  m.def(
+      "inverted_bottleneck_expand_bwd(Tensor d, Tensor y1, Tensor coef1, Tensor x, Tensor w1, Tensor? g, "
+      "Tensor(a!) dx, Tensor(b!) dw1) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusekern_cpp, CPU, m) {
+  m.impl("inverted_bottleneck_expand_fwd", TORCH_BOX(&expand_fwd));
+  m.impl("inverted_bottleneck_depthwise_fwd", TORCH_BOX(&depthwise_fwd));
+  m.impl("inverted_bottleneck_project_fwd", TORCH_BOX(&project_fwd));
+  m.impl("inverted_bottleneck_residual_fwd", TORCH_BOX(&residual_fwd));
+  m.impl("inverted_bottleneck_infer", TORCH_BOX(&infer));
+  m.impl("inverted_bottleneck_output_bwd", TORCH_BOX(&output_bwd));
+  m.impl("inverted_bottleneck_project_bwd", TORCH_BOX(&project_bwd));
+  m.impl("inverted_bottleneck_depthwise_bwd", TORCH_BOX(&depthwise_bwd));
+  m.impl("inverted_bottleneck_expand_bwd", TORCH_BOX(&expand_bwd));
+}
+
+}  // namespace fusekern

@@ -1,0 +1,72 @@
+// The inverted bottleneck: what inverted_bottleneck.cpp hands to the bodies. Matrix products are torch's; the bodies do
+// what lies between them, on tiles of some pixels and channels.
+#pragma once
+
+#include "attention.h"
+#include "cpu.h"
+
+namespace fusekern {
+
+// Some pixels of a map or a tile: channel c of the i-th lies c channel past pixel n = first + i, and that
+// n column into a tile (W = 0), else at its image, row and column of the map.
+struct Pixels {
+  void* data;
+  int64_t first, H, W;
+  int64_t batch, row, column, channel;  // strides
+};
+
+// An element-wise pass. Names of the vectors, one number a channel each, are those of the functions below.
+struct BottleneckPass {
+  bool bf16;
+  bool rows;  // channels lie side by side, else pixels do: in all that is dense
+  int64_t pixels, channels;
+  Pixels a, b, out;         // b.data may be null where it says so
+  const float* vectors[4];
+  float* sums[3];
+  int64_t before;  // pixels that the moments hold already
+};
+
+// The depthwise convolution with all that is done to a pixel before and after. Maps are [B, channels, H, W] and
+// [B, channels, h, w]; vectors begin with the first channel.
+struct BottleneckDepthwise {
+  bool bf16, rows;
+  int64_t B, channels, H, W, h, w, k, stride;
+  int64_t block;  // channels of an item
+  Map y1, y2;
+  const void* wd;  // [channels][k][k]
+  const float *affine1, *affine2, *coef2, *mean1;
+  int64_t pitch;        // from one vector of affine1, affine2, coef2, stats2 or sums1 to the next
+  float *stats2, *sums1;  // null: not wanted
+  Map dz, d;
+  void* dwd;
+
+  int64_t ring_floats;     // of an item: rows of the map, activated, that the next row of the result needs
+  int64_t scratch_floats;  // of a thread: the rest
+};
+
+FUSEKERN_BODY(
+    // out = relu6(v0 a + v1)
+    void bottleneck_activate(const BottleneckPass& pass);
+    // out = v0 a + v1 (+ b)
+    void bottleneck_affine(const BottleneckPass& pass);
+    // out = v0 a + v1 (b - v3) + v2
+    void bottleneck_coef(const BottleneckPass& pass);
+    // out = a where 0 < v0 b + v1 < 6, else 0; sums += out, out (b - v2)
+    void bottleneck_mask(const BottleneckPass& pass);
+    // sums += a, a (b - v0)
+    void bottleneck_sums(const BottleneckPass& pass);
+    // sums: of `before` pixels the mean, the sum of squared distances from it, and what is to be added to the mean; they
+    // take in those of a
+    void bottleneck_moments(const BottleneckPass& pass);
+
+    // Fills in the floats.
+    void bottleneck_depthwise_plan(BottleneckDepthwise& op);
+    // An item of one image: rows begin to end - 1 of y2, when rows of y1 below `staged` are in the ring; with affine2 it
+    // is relu6 of that which goes into y2. `first`: nothing is in the ring.
+    void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t item, int64_t staged, int64_t begin, int64_t end,
+                                   float* ring, float* scratch);
+    // All rows of all images; items are blocks of channels.
+    void bottleneck_depthwise_fwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch);
+    void bottleneck_depthwise_bwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch);)
+
+}  // namespace fusekern

@@ -1,0 +1,186 @@
+// The depthwise backward of inverted_bottleneck: from dz the gradients d of v1 and of the weight, and the sums of BN1.
+#include "bn_relu6_dw.cuh"
+
+namespace fusekern::dw {
+
+namespace {
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::THREADS)
+    backward_kernel(const T* __restrict__ dz, const T* __restrict__ y2, const float* __restrict__ coef,
+                    const T* __restrict__ y1, const float* __restrict__ affine, const float* __restrict__ mean,
+                    const T* __restrict__ weight, T* __restrict__ d, float* __restrict__ partial, Grid grid) {
+  constexpr int K = Tile::K, V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T);
+  constexpr int TILE = Tile::SIZE * sizeof(T);
+  constexpr int WEIGHT = Tile::K * Tile::K * Tile::CHANNELS * sizeof(T);
+  // A y2 of 16 bits is so coarse that its mean may as well be subtracted beforehand, which saves registers.
+  constexpr bool CENTRED = sizeof(T) == 4;
+  constexpr int SUMS = Tile::STRIPS / 2 * Tile::LANES * V * Tile::SUMS * sizeof(float);
+  __shared__ __align__(16) unsigned char memory[SOURCE + TILE + WEIGHT > SUMS ? SOURCE + TILE + WEIGHT : SUMS];
+  T* const source = reinterpret_cast<T*>(memory);
+  T* const tile = reinterpret_cast<T*>(memory + SOURCE);  // y1, and in its place d
+  T* const weights = reinterpret_cast<T*>(memory + SOURCE + TILE);
+
+  const int E = grid.source.channels, blocks = (E + Tile::CHANNELS - 1) / Tile::CHANNELS;
+  const int part = blockIdx.x / blocks, block = blockIdx.x % blocks * Tile::CHANNELS, thread = threadIdx.x;
+  const int channel = block + Tile::lane(thread) * V, strip = Tile::strip(thread) * P;
+  float taps[K][K][V] = {}, scale[V], shift[V], middle[V], sum[V] = {}, product[V] = {};
+  stage_weight<Tile>(weights, weight, block, E);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const bool known = channel + v < E;
+    scale[v] = known ? affine[channel + v] : 0.f;
+    shift[v] = known ? affine[static_cast<int64_t>(E) + channel + v] : 0.f;
+    middle[v] = known ? mean[channel + v] : 0.f;
+  }
+
+  for (int i = part * grid.run; i < min((part + 1) * grid.run, grid.tiles); ++i) {
+    const Place at = place_of<Tile>(i, grid.tiles_down, grid.tiles_across);
+    stage<Tile>(
+        source, grid.source, at.image, block, at.row / Tile::S + Tile::START, at.column / Tile::S + Tile::START,
+        [&](int c) {
+          PerChannel<Tile, 4> numbers(anew(coef), c, E);
+          if constexpr (!CENTRED)
+#pragma unroll
+            for (int n = 0; n < numbers.N; ++n) numbers.values[2][n] -= numbers.values[1][n] * numbers.values[3][n];
+          return numbers;
+        },
+        [&]<bool WIDE>(const PerChannel<Tile, 4>& numbers, int64_t offset, int n) {
+          auto pack = load<WIDE, T, Tile::VECTOR>(dz + offset, n);
+          const auto other = load<WIDE, T, Tile::VECTOR>(y2 + offset, n);
+#pragma unroll
+          for (int v = 0; v < Tile::VECTOR; ++v)
+            pack.values[v] = v < n ? T(norm_gradient(static_cast<float>(pack.values[v]),
+                                                     static_cast<float>(other.values[v]), numbers.get(0, v),
+                                                     numbers.get(1, v), numbers.get(2, v),
+                                                     CENTRED ? numbers.get(3, v) : 0.f))
+                                   : T(0.f);
+          return pack;
+        });
+    for_vectors<Tile>(grid.target, at.image, block, at.row, at.column, [&]<bool WIDE>(int place, int64_t offset, int n) {
+      *reinterpret_cast<Pack<T, Tile::VECTOR>*>(tile + place) =
+          load<WIDE, T, Tile::VECTOR>(y1 + offset, n);
+    });
+    __syncthreads();
+    const int rows = grid.target.rows - at.row, columns = grid.target.columns - at.column - strip;
+    float w[Tile::K][Tile::K][V];
+    read_weight<Tile>(weights, w);
+    T* const mine = tile + Tile::offset(thread);
+    differentiate<Tile>(
+        source + Tile::source_offset(thread), w, taps,
+        [&](int row, float(&a)[P][V]) {
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            read(mine + row * Tile::ROW + p * Tile::COLUMN, a[p]);
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+              a[p][v] = row < rows && p < columns ? relu6(scale[v] * a[p][v] + shift[v]) : 0.f;
+          }
+        },
+        [&](int row, float(&g)[P][V]) {
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            float y[V];
+            read(mine + row * Tile::ROW + p * Tile::COLUMN, y);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              g[p][v] = passes(scale[v] * y[v] + shift[v]) ? g[p][v] : 0.f;
+              const float counted = row < rows && p < columns ? g[p][v] : 0.f;
+              sum[v] += counted;
+              product[v] += row < rows && p < columns ? counted * (y[v] - middle[v]) : 0.f;
+            }
+            write(mine + row * Tile::ROW + p * Tile::COLUMN, g[p]);
+          }
+        });
+    __syncthreads();
+    for_vectors<Tile>(grid.target, at.image, block, at.row, at.column, [&]<bool WIDE>(int place, int64_t offset, int n) {
+      store<WIDE>(d + offset, *reinterpret_cast<const Pack<T, Tile::VECTOR>*>(tile + place), n);
+    });
+    // The next tile overwrites what the threads have just read.
+    __syncthreads();
+  }
+
+  float* const sums = reinterpret_cast<float*>(memory);
+  const auto each = [&](const auto& f) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int k = 0; k < K * K; ++k) f(k, v, taps[k / K][k % K][v]);
+      f(K * K, v, sum[v]);
+      f(K * K + 1, v, product[v]);
+    }
+  };
+#pragma unroll 1
+  for (int half = Tile::STRIPS / 2; half > 0; half /= 2) {
+    float* const place = sums + ((Tile::strip(thread) % half) * Tile::SUMS * Tile::LANES + Tile::lane(thread)) * V;
+    __syncthreads();
+    if (Tile::strip(thread) >= half && Tile::strip(thread) < 2 * half)
+      each([&](int k, int v, float& value) { place[k * Tile::LANES * V + v] = value; });
+    __syncthreads();
+    if (Tile::strip(thread) < half)
+      each([&](int k, int v, float& value) { value += place[k * Tile::LANES * V + v]; });
+  }
+  if (Tile::strip(thread) == 0)
+    each([&](int k, int v, float& value) {
+      if (channel + v < E) partial[(static_cast<int64_t>(part) * Tile::SUMS + k) * E + channel + v] = value;
+    });
+}
+
+// Row k of the sums is the gradient of tap k, but for the last two.
+template <class T>
+__global__ void __launch_bounds__(WIDE* WIDE) sums_kernel(const float* __restrict__ partial, T* __restrict__ dweight,
+                                                          float* __restrict__ sums, int parts, int rows, int E) {
+  __shared__ float shared[WIDE][WIDE];
+  const int channel = blockIdx.x * WIDE + threadIdx.x, share = threadIdx.y, k = blockIdx.y;
+  float mine = 0.f;
+  if (channel < E) {
+#pragma unroll 8
+    for (int i = share; i < parts; i += WIDE) mine += partial[(static_cast<int64_t>(i) * rows + k) * E + channel];
+  }
+  for (int half = WIDE / 2; half > 0; half /= 2) {
+    shared[share][threadIdx.x] = mine;
+    __syncthreads();
+    if (share < half) mine += shared[share + half][threadIdx.x];
+    __syncthreads();
+  }
+  if (share == 0 && channel < E) {
+    if (k < rows - 2)
+      dweight[static_cast<int64_t>(channel) * (rows - 2) + k] = static_cast<T>(mine);
+    else
+      sums[static_cast<int64_t>(k - (rows - 2)) * E + channel] = mine;
+  }
+}
+
+}  // namespace
+
+int backward_parts(const Problem& problem) { return parts_of_problem<true>(problem); }
+
+const char* launch(const Problem& problem, const Backward& t, void* stream) {
+  return with_kernel<true>(problem, [&]<class T, class Tile>() -> const char* {
+    Grid grid = grid_of<Tile>(problem);
+    grid.source.wide &= aligned({t.dz, t.y2});
+    grid.target.wide &= aligned({t.y1, t.d});
+    const auto read = [](const void* pointer) { return static_cast<const T*>(pointer); };
+    if (const char* error = start(backward_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS, stream,
+                                  read(t.dz), read(t.y2), t.coef, read(t.y1), t.affine, t.mean, read(t.weight),
+                                  static_cast<T*>(t.d), t.partial, grid))
+      return error;
+    return start(sums_kernel<T>, dim3((problem.E + WIDE - 1) / WIDE, Tile::SUMS), dim3(WIDE, WIDE), stream, t.partial,
+                 static_cast<T*>(t.dweight), t.sums, parts_of(grid), Tile::SUMS, problem.E);
+  });
+}
+
+const char* backward_attributes(std::vector<Attributes>& kernels) {
+  const char* error =
+      attributes_of_all<true>(kernels, [&]<class T, class Tile>() { return backward_kernel<T, Tile>; });
+  const auto add = [&](const char* name, auto* kernel) {
+    kernels.push_back({name, WIDE * WIDE});
+    if (!error) error = attributes_of(kernel, kernels.back());
+  };
+  add("bwd sums float32", sums_kernel<float>);
+  add("bwd sums bfloat16", sums_kernel<__nv_bfloat16>);
+  add("bwd sums float16", sums_kernel<__half>);
+  return error;
+}
+
+}  // namespace fusekern::dw

@@ -1,0 +1,60 @@
+// The depthwise stages of inverted_bottleneck on CUDA, as launchers of raw pointers: what nvcc compiles knows no torch.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fusekern::dw {
+
+enum class Type { float32, bfloat16, float16 };
+
+// What a launcher takes. Maps are dense, all of them channels_last or all NCHW; y1 and d are H x W, y2 and dz h x w.
+struct Problem {
+  Type type;
+  bool channels_last;
+  int K, stride;
+  int B, E, H, W, h, w;
+};
+
+// Tiles are dealt out in parts: so many rows of partial sums, of three (forward) or K * K + 2 (backward) by E floats.
+int forward_parts(const Problem& problem);
+int backward_parts(const Problem& problem);
+
+struct Forward {
+  const void* y1;       // [B, E, H, W]
+  const float* affine;  // [2, E]
+  const void* weight;   // [E, K, K]
+  void* y2;             // [B, E, h, w]
+  float* partial;       // [parts, 3, E], or none
+  float* stats;         // [2, E]
+};
+
+struct Backward {
+  const void* dz;       // [B, E, h, w]
+  const void* y2;       // [B, E, h, w]
+  const float* coef;    // [4, E]
+  const void* y1;       // [B, E, H, W]
+  const float* affine;  // [2, E]
+  const float* mean;    // [E]
+  const void* weight;   // [E, K, K]
+  void* d;              // [B, E, H, W]
+  void* dweight;        // [E, K, K]
+  float* partial;       // [parts, K * K + 2, E]
+  float* sums;          // [2, E]
+};
+
+// Both return CUDA's error in words, or none.
+const char* launch(const Problem& problem, const Forward& tensors, void* stream);
+const char* launch(const Problem& problem, const Backward& tensors, void* stream);
+
+struct Attributes {
+  std::string name;
+  int threads, registers = 0, local_bytes = 0, shared_bytes = 0;
+};
+
+// Of every kernel, as the driver has it for the current device. A name is "fwd float32 k3 s1 channels_last".
+const char* forward_attributes(std::vector<Attributes>& kernels);
+const char* backward_attributes(std::vector<Attributes>& kernels);
+
+}  // namespace fusekern::dw

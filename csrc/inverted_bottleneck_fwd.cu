@@ -1,0 +1,156 @@
+// The depthwise forward of inverted_bottleneck: y2 = Wd * relu6(BN1(y1)), with the statistics of y2.
+#include "bn_relu6_dw.cuh"
+
+namespace fusekern::dw {
+
+namespace {
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::THREADS)
+    forward_kernel(const T* __restrict__ y1, const float* __restrict__ affine, const T* __restrict__ weight,
+                   T* __restrict__ y2, float* __restrict__ partial, Grid grid) {
+  constexpr int V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T), TILE = Tile::SIZE * sizeof(T);
+  constexpr int WEIGHT = Tile::K * Tile::K * Tile::CHANNELS * sizeof(T);
+  static_assert(SOURCE % 16 == 0 && Tile::STRIPS / 2 * Tile::LANES * V * 3 * sizeof(float) <= SOURCE);
+  __shared__ __align__(16) unsigned char memory[SOURCE + TILE + WEIGHT];
+  T* const source = reinterpret_cast<T*>(memory);
+  T* const tile = reinterpret_cast<T*>(memory + SOURCE);
+  T* const weights = reinterpret_cast<T*>(memory + SOURCE + TILE);
+
+  const int E = grid.source.channels, blocks = (E + Tile::CHANNELS - 1) / Tile::CHANNELS;
+  const int part = blockIdx.x / blocks, block = blockIdx.x % blocks * Tile::CHANNELS, thread = threadIdx.x;
+  const int channel = block + Tile::lane(thread) * V, strip = Tile::strip(thread) * P;
+  stage_weight<Tile>(weights, weight, block, E);
+  Shifted sums[V];
+  int count = 0;
+
+  for (int i = part * grid.run; i < min((part + 1) * grid.run, grid.tiles); ++i) {
+    const Place at = place_of<Tile>(i, grid.tiles_down, grid.tiles_across);
+    stage<Tile>(
+        source, grid.source, at.image, block, at.row * Tile::S + Tile::START, at.column * Tile::S + Tile::START,
+        [&](int c) { return PerChannel<Tile, 2>(anew(affine), c, E); },
+        [&]<bool WIDE>(const PerChannel<Tile, 2>& numbers, int64_t offset, int n) {
+          auto pack = load<WIDE, T, Tile::VECTOR>(y1 + offset, n);
+          // A halo beyond the image is zero, whatever the shift.
+#pragma unroll
+          for (int v = 0; v < Tile::VECTOR; ++v)
+            pack.values[v] =
+                v < n ? T(relu6(numbers.get(0, v) * static_cast<float>(pack.values[v]) + numbers.get(1, v))) : T(0.f);
+          return pack;
+        });
+    __syncthreads();
+    const int rows = grid.target.rows - at.row, columns = grid.target.columns - at.column - strip;
+    float w[Tile::K][Tile::K][V];
+    read_weight<Tile>(weights, w);
+    convolve<Tile>(source + Tile::source_offset(thread), w, [&](int row, const float(&y)[P][V]) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) write(tile + Tile::offset(thread) + row * Tile::ROW + p * Tile::COLUMN, y[p]);
+      if (row < rows) {
+#pragma unroll
+        for (int p = 0; p < P; ++p)
+          if (p < columns) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              if (row == 0 && p == 0 && count == 0) sums[v].shift = y[p][v];
+              sums[v].add(y[p][v]);
+            }
+          }
+      }
+    });
+    count += max(0, min(P, columns)) * min(Tile::ROWS, rows);
+    __syncthreads();
+    for_vectors<Tile>(grid.target, at.image, block, at.row, at.column, [&]<bool WIDE>(int place, int64_t offset, int n) {
+      store<WIDE>(y2 + offset, *reinterpret_cast<const Pack<T, Tile::VECTOR>*>(tile + place), n);
+    });
+  }
+  if (!partial) return;
+
+  // The strips' moments, halves of the strips onto the other halves. The first barrier also ends the last tile.
+  float* const moments = reinterpret_cast<float*>(memory);
+  Moments mine[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) mine[v] = sums[v].moments(static_cast<float>(count));
+#pragma unroll 1
+  for (int half = Tile::STRIPS / 2; half > 0; half /= 2) {
+    const int place = ((Tile::strip(thread) % half) * Tile::LANES + Tile::lane(thread)) * V;
+    __syncthreads();
+    if (Tile::strip(thread) >= half && Tile::strip(thread) < 2 * half) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        moments[3 * (place + v)] = mine[v].count;
+        moments[3 * (place + v) + 1] = mine[v].mean;
+        moments[3 * (place + v) + 2] = mine[v].m2;
+      }
+    }
+    __syncthreads();
+    if (Tile::strip(thread) < half) {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        mine[v] = merge(mine[v], {moments[3 * (place + v)], moments[3 * (place + v) + 1], moments[3 * (place + v) + 2]});
+    }
+  }
+  if (Tile::strip(thread) == 0) {
+    float* const row = partial + static_cast<int64_t>(part) * 3 * E;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (channel + v < E) {
+        row[channel + v] = mine[v].count;
+        row[static_cast<int64_t>(E) + channel + v] = mine[v].mean;
+        row[2 * static_cast<int64_t>(E) + channel + v] = mine[v].m2;
+      }
+  }
+}
+
+// Of the parts' moments.
+__global__ void __launch_bounds__(WIDE* WIDE)
+    moments_kernel(const float* __restrict__ partial, float* __restrict__ stats, int parts, int E) {
+  __shared__ Moments shared[WIDE][WIDE + 1];
+  const int channel = blockIdx.x * WIDE + threadIdx.x, share = threadIdx.y;
+  Moments mine{0.f, 0.f, 0.f};
+  if (channel < E) {
+#pragma unroll 4
+    for (int i = share; i < parts; i += WIDE) {
+      const float* const row = partial + static_cast<int64_t>(i) * 3 * E + channel;
+      mine = merge(mine, {row[0], row[E], row[2 * static_cast<int64_t>(E)]});
+    }
+  }
+  for (int half = WIDE / 2; half > 0; half /= 2) {
+    shared[share][threadIdx.x] = mine;
+    __syncthreads();
+    if (share < half) mine = merge(mine, shared[share + half][threadIdx.x]);
+    __syncthreads();
+  }
+  if (share == 0 && channel < E) {
+    stats[channel] = mine.mean;
+    stats[E + channel] = mine.m2;
+  }
+}
+
+}  // namespace
+
+int forward_parts(const Problem& problem) { return parts_of_problem<false>(problem); }
+
+const char* launch(const Problem& problem, const Forward& t, void* stream) {
+  return with_kernel<false>(problem, [&]<class T, class Tile>() -> const char* {
+    Grid grid = grid_of<Tile>(problem);
+    grid.source.wide &= aligned({t.y1});
+    grid.target.wide &= aligned({t.y2});
+    const auto* y1 = static_cast<const T*>(t.y1);
+    const auto* weight = static_cast<const T*>(t.weight);
+    if (const char* error = start(forward_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS, stream, y1,
+                                  t.affine, weight, static_cast<T*>(t.y2), t.partial, grid))
+      return error;
+    if (!t.partial) return nullptr;
+    return start(moments_kernel, (problem.E + WIDE - 1) / WIDE, dim3(WIDE, WIDE), stream, t.partial, t.stats,
+                 parts_of(grid), problem.E);
+  });
+}
+
+const char* forward_attributes(std::vector<Attributes>& kernels) {
+  const char* error =
+      attributes_of_all<false>(kernels, [&]<class T, class Tile>() { return forward_kernel<T, Tile>; });
+  kernels.push_back({"fwd moments", WIDE * WIDE});
+  return error ? error : attributes_of(moments_kernel, kernels.back());
+}
+
+}  // namespace fusekern::dw

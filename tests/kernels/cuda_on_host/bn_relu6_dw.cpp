@@ -1,0 +1,30 @@
+// The launchers of the depthwise kernels with the memory of a CPU, for ctypes.
+#include "inverted_bottleneck_bwd.cu"
+#include "inverted_bottleneck_fwd.cu"
+
+using namespace fusekern::dw;
+
+extern "C" {
+
+void reverse(int reversed) { cuda_on_host::reversed = reversed; }
+
+// type: 0 float32, 1 bfloat16, 2 float16.
+int parts(int backward, int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w) {
+  const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
+  return backward ? backward_parts(problem) : forward_parts(problem);
+}
+
+const char* forward(int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w, const void* y1,
+                    const float* affine, const void* weight, void* y2, float* partial, float* stats) {
+  const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
+  return launch(problem, Forward{y1, affine, weight, y2, partial, stats}, nullptr);
+}
+
+const char* backward(int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w, const void* dz,
+                     const void* y2, const float* coef, const void* y1, const float* affine, const float* mean,
+                     const void* weight, void* d, void* dweight, float* partial, float* sums) {
+  const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
+  return launch(problem, Backward{dz, y2, coef, y1, affine, mean, weight, d, dweight, partial, sums}, nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,217 @@
+"""The depthwise CUDA kernels without a GPU, against float64: their sources compiled as C++, with a stand-in for CUDA in
+which the threads of a block are fibers (cuda_on_host/). What they compute is tested, not how fast or whether CUDA
+launches them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusekern.testing import assert_parity
+
+HERE = Path(__file__).parent
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# batch, channels, height, width: odd ones and maps of several tiles, with and without vectors of 16 bytes
+SIZES = [(1, 1, 1, 1), (2, 5, 3, 7), (1, 72, 9, 18), (2, 16, 17, 40), (1, 8, 16, 64), (1, 70, 8, 8)]
+
+# What the launchers find blocks enough here, so that small maps have blocks of several tiles too.
+BLOCKS = 4
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    built = tmp_path_factory.mktemp("cuda_on_host") / "kernels.so"
+    folder = HERE / "cuda_on_host"
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}", f"-I{HERE.parents[1] / 'csrc'}"]
+    flags += [f"-DFUSEKERN_DW_BLOCKS={BLOCKS}", "-o", str(built)]
+    subprocess.run(["g++", str(folder / "bn_relu6_dw.cpp"), *flags], check=True)
+    found = ctypes.CDLL(str(built))
+    for name in ("forward", "backward"):
+        getattr(found, name).restype = ctypes.c_char_p
+    return found
+
+
+def lies(image: Tensor, last: bool, aligned: bool = True) -> Tensor:
+    """A copy in a layout, its first element at a multiple of 16 bytes or not, with NaN before and behind it."""
+    order = torch.channels_last if last else torch.contiguous_format
+    dense = torch.empty_like(image, memory_format=order)
+    memory = torch.full((image.numel() + 64,), float("nan"), dtype=image.dtype)
+    assert memory.data_ptr() % 16 == 0
+    start = 32 if aligned else 33
+    return memory[start : start + image.numel()].as_strided(image.shape, dense.stride(), start).copy_(image)
+
+
+def blank(shape, like: Tensor, last: bool, aligned: bool = True) -> Tensor:
+    return lies(torch.full(shape, float("nan"), dtype=like.dtype), last, aligned)
+
+
+def assert_nothing_around(tensor: Tensor) -> None:
+    """The NaN before and behind what ``lies`` made is still there."""
+    offset, storage = tensor.storage_offset(), tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = tensor.as_strided((storage,), (1,), 0)
+    assert memory[:offset].isnan().all() and memory[offset + tensor.numel() :].isnan().all()
+
+
+class Case:
+    """Random arguments, and what comes of them in a precision."""
+
+    def __init__(self, size, kernel, stride, dtype, last, aligned=True, seed=0) -> None:
+        torch.manual_seed(seed)
+        batch, channels, height, width = size
+        self.stride, self.last, self.aligned, self.dtype, self.kernel = stride, last, aligned, dtype, kernel
+        self.small = (batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
+        # Channels far from 0, so that a variance by E[y^2] - E[y]^2 would show.
+        shift = 20 * torch.randn(channels, 1, 1)
+        self.y1 = lies((torch.randn(size) + shift).to(dtype), last, aligned)
+        self.affine = torch.stack([3 + torch.randn(channels), torch.zeros(channels)])
+        self.affine[1] = 2 - self.affine[0] * self.y1.float().mean((0, 2, 3))
+        self.weight = torch.randn(channels, kernel, kernel).to(dtype)
+        self.dz = lies(torch.randn(self.small).to(dtype), last, aligned)
+        self.y2 = lies((torch.randn(self.small) + shift).to(dtype), last, aligned)
+        self.coef = torch.randn(4, channels)
+        self.coef[3] = self.y2.float().mean((0, 2, 3))
+        self.mean = self.y1.float().mean((0, 2, 3))
+
+    def activated(self, dtype) -> Tensor:
+        scale, shift = self.affine.to(torch.promote_types(dtype, torch.float32))[:, :, None, None]
+        v = scale * self.y1.to(scale.dtype) + shift
+        return v.to(dtype).requires_grad_()
+
+    def convolve(self, v: Tensor, weight: Tensor) -> Tensor:
+        channels = len(weight)
+        return F.conv2d(F.relu6(v), weight[:, None], stride=self.stride, padding=self.kernel // 2, groups=channels)
+
+    def expected(self, dtype) -> list[Tensor]:
+        """y2, d and dweight."""
+        wide = torch.promote_types(dtype, torch.float32)
+        v, weight = self.activated(dtype), self.weight.to(dtype, copy=True).requires_grad_()
+        out = self.convolve(v, weight)
+        p, q, r, mean = self.coef.to(wide)[:, :, None, None]
+        dy2 = (p * self.dz.to(wide) + q * (self.y2.to(wide) - mean) + r).to(dtype)
+        return [out.detach(), *torch.autograd.grad(out, (v, weight), dy2)]
+
+    def arguments(self):
+        return TYPES[self.dtype], int(self.last), self.kernel, self.stride, *self.y1.shape, *self.small[2:]
+
+    def forward(self, library, stats: bool = True) -> tuple[Tensor, Tensor | None]:
+        y2 = blank(self.small, self.y1, self.last, self.aligned)
+        parts = library.parts(0, *self.arguments())
+        partial, found = torch.full((parts, 3, self.y1.shape[1]), float("nan")), torch.full((2, self.y1.shape[1]), 7.0)
+        tensors = (self.y1, self.affine, self.weight, y2, partial if stats else None, found if stats else None)
+        assert library.forward(*self.arguments(), *map(address, tensors)) is None
+        assert_nothing_around(y2)
+        return y2, found if stats else None
+
+    def backward(self, library) -> tuple[Tensor, Tensor, Tensor]:
+        d = blank(self.y1.shape, self.y1, self.last, self.aligned)
+        dweight = blank(self.weight.shape, self.weight, False)
+        channels = self.y1.shape[1]
+        partial = torch.full((library.parts(1, *self.arguments()), self.kernel**2 + 2, channels), float("nan"))
+        sums = torch.full((2, channels), float("nan"))
+        maps = (self.dz, self.y2, self.coef, self.y1, self.affine, self.mean, self.weight)
+        assert library.backward(*self.arguments(), *map(address, (*maps, d, dweight, partial, sums))) is None
+        assert_nothing_around(d)
+        assert_nothing_around(dweight)
+        return d, dweight, sums
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def judge(case: Case, library) -> None:
+    (y2, stats), (d, dweight, sums) = case.forward(library), case.backward(library)
+    truths, peers = case.expected(torch.float64), case.expected(case.dtype)
+    for i, result in enumerate((y2, d, dweight)):
+        assert_parity(result, [peers[i]], truths[i], gradient=i > 0)
+    # The statistics are those of y2 before it was rounded.
+    y, eps = truths[0], 2.0**-20 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps
+    mean = y.mean((0, 2, 3))
+    spread = y.std((0, 2, 3), correction=0) + 1e-3
+    assert ((stats[0] - mean).abs() <= eps * (spread + mean.abs())).all()
+    m2 = (y - mean[:, None, None]).square().sum((0, 2, 3))
+    assert ((stats[1] - m2).abs() <= 4 * eps * (m2 + y.abs().amax((0, 2, 3)) ** 2)).all()
+    centred = case.y1.double() - case.mean.double()[:, None, None]
+    for found, terms in zip(sums, (truths[1], truths[1] * centred), strict=True):
+        # A value next to 0 or 6 may pass here and not there.
+        flip = 2 * terms.abs().amax() if case.y1.numel() > 10000 else 0
+        assert ((found - terms.sum((0, 2, 3))).abs() <= 8 * eps * terms.abs().sum((0, 2, 3)) + flip).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_as_good_as_torch(library, size, kernel, stride, last, dtype):
+    judge(Case(size, kernel, stride, dtype, last), library)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+def test_memory_that_is_not_aligned(library, last):
+    judge(Case((1, 16, 9, 24), 3, 1, torch.float16, last, aligned=False), library)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+def test_blocks_of_several_tiles(library, last):
+    """A library that finds four blocks enough has them take several tiles each, and fewer in the last part."""
+    case = Case((3, 4, 35, 70), 3, 1, torch.float32, last)
+    tiles = 3 * 5 * (5 if last else 3)
+    assert library.parts(0, *case.arguments()) == -(-tiles // (tiles // BLOCKS))
+    judge(case, library)
+
+
+def test_statistics_are_optional(library):
+    case = Case(SIZES[2], 3, 1, torch.float32, True)
+    assert torch.equal(case.forward(library, stats=False)[0], case.forward(library)[0])
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+def test_mask_and_nan(library, last):
+    """At exactly 0 and 6 no gradient passes. A NaN stays one, and reaches what it reaches in PyTorch."""
+    case = Case((1, 16, 9, 18), 3, 1, torch.float32, last)
+    case.affine = torch.stack([torch.ones(16), torch.zeros(16)])
+    case.y1[:, :4], case.y1[:, 4:8], case.y1[:, 8:12] = 0, 6, 3
+    case.y1[0, 12, 4, 4] = float("nan")
+    y2, stats = case.forward(library)
+    d, dweight, sums = case.backward(library)
+    truth = case.expected(torch.float64)
+    for result, expected in zip((y2, d, dweight), truth, strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert (d[:, :8] == 0).all() and (d[:, 8:12] != 0).all()
+    assert stats[0].isnan().nonzero().flatten().tolist() == [12]
+    assert sums[1].isnan().nonzero().flatten().tolist() == [12]
+
+
+def test_same_bits_again(library):
+    case = Case(SIZES[3], 3, 1, torch.bfloat16, True)
+    first, second = ([*case.forward(library), *case.backward(library)] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    case.y1[0, :, 0, 0] += 8
+    case.dz[0, :, 0, 0] += 8
+    third = [*case.forward(library), *case.backward(library)]
+    assert not any(torch.equal(one, other) for one, other in zip(first, third, strict=True))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_order_of_the_threads_does_not_matter(library, stride, last):
+    """Between two barriers; were one missing, threads would meet what others have or have not written yet."""
+    case = Case((2, 12, 30, 40), 3, stride, torch.float16, last)
+    before = [*case.forward(library), *case.backward(library)]
+    library.reverse(1)
+    try:
+        after = [*case.forward(library), *case.backward(library)]
+    finally:
+        library.reverse(0)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
