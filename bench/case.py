@@ -52,6 +52,9 @@ class Case:
     name: str
     op: str
     attention = False
+    kernels = {"cpu": "cpp", "cuda": "triton"}
+    others: dict[str, str] = {}  # further contenders, by the names of their methods
+    engines_want_nchw = False  # ONNX's convolutions know no other layout
     shapes: dict[str, tuple[Shape, ...]]
     fed: tuple[str, ...]
 

@@ -30,7 +30,6 @@ from fusekern import backends
 
 RESULTS = report.ROOT / "bench" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KERNELS = {"cpu": "cpp", "cuda": "triton"}
 PASSES = ("forward", "forward_backward")
 STOPPED = 3  # exit code: --seconds is over and rows are left
 
@@ -40,7 +39,7 @@ def measure(case: Case, truth: Truth, layout: str, options: argparse.Namespace, 
     shape, device = truth.shape, options.device
     tensors = dict(zip(truth.tensors, truth.laid_out(layout), strict=True))
     dtype = str(truth.grad.dtype).removeprefix("torch.")
-    backend = KERNELS[device] if options.backend == "kernel" else options.backend
+    backend = case.kernels[device] if options.backend == "kernel" else options.backend
     # Compiling takes minutes: once a shape will do.
     compiled = options.compile and shape in case.shapes["compile"]
     compiled = compiled and layout == "channels_last" and dtype == options.dtypes[0]

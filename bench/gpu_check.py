@@ -31,7 +31,7 @@ from bench import report
 from bench.common import STOPPED
 from fusekern import ops
 
-OPS = ("former2conv", "conv2former", "score_map", "downsample")
+OPS = ("former2conv", "conv2former", "score_map", "downsample", "inverted_bottleneck")
 # Tests of training, data and command line, and what must be installed for them.
 SEG_TESTS = ("data", "engine", "models", "test_cli.py", "test_recipes.py", "test_viz.py")
 SEG_MODULES = (
@@ -216,11 +216,17 @@ def exercise(device: str = "cuda", backend: str = "triton") -> None:
                     image = image.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
                 key, value = (draw(2, tokens, 128, dtype=dtype, sliced=sliced) for _ in range(2))
                 weight, bias = draw(128, 128, 3, 3, dtype=dtype), draw(128, dtype=dtype)
+                expand, depthwise = draw(256, 128, 1, 1, dtype=dtype), draw(256, 1, 3, 3, dtype=dtype)
+                project, norms = draw(128, 256, 1, 1, dtype=dtype), [draw(2, c, dtype=dtype) for c in (256, 256, 128)]
+                block = (image, expand, depthwise, project)
+                batch = tuple(ops.BatchNorm(*of, None, None, 1e-5, True) for of in norms)
+                whole = "cuda" if backend == "triton" else backend  # half CUDA, half Triton
                 calls = {
                     "former2conv": (ops.former2conv(image, key, value, heads=2, backend=backend), (image, key, value)),
                     "conv2former": (ops.conv2former(key, image, heads=2, backend=backend), (key, image)),
                     "score_map": (ops.score_map(image, key, concat=True, backend=backend), (image, key)),
                     "downsample": (ops.downsample(image, weight, bias, backend=backend), (image, weight, bias)),
+                    "inverted_bottleneck": (ops.inverted_bottleneck(*block, batch, backend=whole)[0], (*block, *norms)),
                 }
                 for name, (out, leaves) in calls.items():
                     gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))

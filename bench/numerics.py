@@ -16,15 +16,17 @@ from pathlib import Path
 
 import torch
 
-from bench import conv2former, downsample, former2conv, report, score_map
+from bench import conv2former, downsample, former2conv, inverted_bottleneck, report, score_map
 from bench.case import LAYOUTS, Case, Truth, lay_out, shapes, with_gradients
 from bench.common import DTYPES, in_one_line
 from fusekern.backends import BACKENDS, why_not
 
-CASES = (*former2conv.CASES, *conv2former.CASES[:1], *score_map.CASES[:1], *downsample.CASES)
+MODULES = (former2conv, conv2former, score_map, downsample, inverted_bottleneck)
+CASES = tuple(module.CASES[0] for module in MODULES)
 SHAPES = {
     "attention": shapes("2,256,32,19", "2,256,32,150", "1,512,16,150", "1,128,24,847"),
-    "convolution": shapes("2,256,32", "1,512,16", "1,64,65"),
+    "downsample": shapes("2,256,32", "1,512,16", "1,64,65"),
+    "inverted_bottleneck": shapes("2,128,24,2", "1,128,16,6"),
     "quick": shapes("2,128,12,19"),
 }
 
@@ -99,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False
     rows = []
     for case in CASES:
-        chosen = SHAPES["attention" if case.op != "downsample" else "convolution"]
+        chosen = SHAPES.get(case.op, SHAPES["attention"])
         for dtype in options.dtypes:
             for shape in SHAPES["quick"] if options.quick else chosen:
                 rows += errors(case, shape, dtype, options.device, options.backends)

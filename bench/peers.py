@@ -65,7 +65,7 @@ class Contender:
 
 def names(case, device: str, compiled: bool) -> list[str]:
     """All contenders of a case on a device; ``compiled`` adds those that take minutes to compile."""
-    found = [FUSED, "reference", "eager"]
+    found = [FUSED, "reference", "eager", *case.others]
     if device == "cuda" and case.attention:
         found += PINNED
     if compiled:
@@ -90,6 +90,8 @@ def build(name: str, case, shape, tensors: dict[str, Tensor], channels_last: boo
         return Contender(partial(case.reference, shape), capture=True)
     if name == "eager":
         return Contender(partial(case.eager, shape), capture=True)
+    if name in case.others:
+        return Contender(partial(getattr(case, case.others[name]), shape), capture=True)
     if name in PINNED:
         return Contender(partial(case.eager, shape), context=lambda: sdpa_kernel(PINNED[name]), capture=True)
     if name == "flex":
@@ -183,6 +185,7 @@ def _engine(name: str, case, shape, tensors: dict[str, Tensor], channels_last: b
             raise Unavailable(f"{package} is not installed")
     with torch.no_grad():
         size = case.eager(shape, *tensors.values()).shape
+    channels_last = channels_last and not case.engines_want_nchw
     out = torch.empty(size, memory_format=torch.channels_last if channels_last and len(size) == 4 else None)
     graph = Graph()
     result = case.graph(shape, graph, tensors, channels_last)
@@ -194,12 +197,14 @@ def _engine(name: str, case, shape, tensors: dict[str, Tensor], channels_last: b
         run()
         return out
 
+    call.bound = fed, buffer  # the engine knows their addresses alone
     return call
 
 
 def _fed(tensor: Tensor, channels_last: bool) -> Tensor:
     """Engines know no strides: an image in channels_last is a contiguous ``[B, H, W, C]``."""
-    return tensor.detach().permute(0, 2, 3, 1) if channels_last and tensor.dim() == 4 else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.permute(0, 2, 3, 1) if channels_last and tensor.dim() == 4 else tensor.contiguous()
 
 
 def _onnxruntime(model: bytes, fed: dict[str, Tensor], result: str, buffer: Tensor) -> Callable[[], object]:

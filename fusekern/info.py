@@ -117,7 +117,7 @@ def _examples(device: str) -> dict[str, tuple]:
     examples = {
         "downsample": (image, empty(c, c, 3, 3), empty(c), "floor"),
         "conv2former": (text, empty(1, c, 5, 5), heads, None),
-        "inverted_bottleneck": (image, empty(e, c, 1, 1), empty(e, 1, 3, 3), empty(c, e, 1, 1), norms),
+        "inverted_bottleneck": (image, empty(e, c, 1, 1), empty(e, 1, 3, 3), empty(c, e, 1, 1), norms, 1, ""),
         "former": (text, *linears[:2], norm, *linears[2:], norm, heads, 1e-5),
         "former2conv": (image, text, text, heads, None),
         "score_map": (image, text, True, False),

@@ -176,6 +176,17 @@ def test_statistics_are_optional(library):
     assert torch.equal(case.forward(library, stats=False)[0], case.forward(library)[0])
 
 
+@pytest.mark.parametrize("size", [SIZES[1], SIZES[3]], ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+def test_input_that_is_activated_already(library, last, size):
+    case = Case(size, 3, 1, torch.bfloat16, last)
+    case.y1.copy_(F.relu6(case.activated(torch.bfloat16).detach()))
+    case.affine = torch.stack([torch.ones(size[1]), torch.zeros(size[1])])
+    first = case.forward(library)
+    case.affine = None
+    assert all(torch.equal(one, other) for one, other in zip(first, case.forward(library), strict=True))
+
+
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
 def test_mask_and_nan(library, last):
     """At exactly 0 and 6 no gradient passes. A NaN stays one, and reaches what it reaches in PyTorch."""
