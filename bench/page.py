@@ -4,7 +4,7 @@
     python -m bench.page --check    # exit code 1 if a page says something else
 
 A page holds a block for each result, between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->``, where FILE is
-that of ``bench/results`` without its ending. What stands between them is made here.
+that of ``bench/results`` without its ending, or ``goals``. What stands between them is made here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,48 @@ from bench import numerics, report
 RESULTS = report.ROOT / "bench" / "results"
 PAGES = (report.ROOT / "docs" / "performance.md", report.ROOT / "docs" / "numerics.md")
 BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-PEERS = {"reference": "reference", "eager": "eager", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+PEERS = {
+    "reference": "reference",
+    "eager": "eager",
+    "eager-linear": "eager, 1x1 as products",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+FIRST, BOTH = "forward", "forward_backward"
+# What a CPU is to reach in fp32 and channels_last: file, case, shape, pass, peer, how many times as fast.
+GOALS = (
+    ("former2conv-cpu", "former2conv", "1,256,64,19", FIRST, "eager", 2.0),
+    ("former2conv-cpu", "former2conv", "1,256,64,19", FIRST, "onnxruntime", 1.6),
+    ("former2conv-cpu", "former2conv", "1,256,64,150", FIRST, "eager", 1.15),
+    ("former2conv-cpu", "former2conv", "1,256,64,19", BOTH, "eager", 1.5),
+    ("inverted_bottleneck-cpu", "inverted_bottleneck", "1,512,16,6", BOTH, "eager", 1.3),
+    ("inverted_bottleneck-cpu", "inverted_bottleneck", "1,256,64,2", BOTH, "eager", 1.4),
+    ("inverted_bottleneck-cpu", "inverted_bottleneck inference", "1,512,16,6", FIRST, "eager", 1.3),
+    ("inverted_bottleneck-cpu", "inverted_bottleneck inference", "1,512,16,6", FIRST, "onnxruntime", 0.97),
+    ("inverted_bottleneck-cpu", "inverted_bottleneck inference", "1,256,128,2", FIRST, "onnxruntime", 1.3),
+)
+
+
+def goals() -> list[str]:
+    """What was aimed at beside what was measured."""
+    lines = ["| case | B,C,H,K | pass | peer | goal | measured | |", "|---|---|---|---|---|---|---|"]
+    for name, case, shape, which, peer, goal in GOALS:
+        rows = [
+            row
+            for row in load(name)["rows"]
+            if (row["case"], row["shape"], row["dtype"], row["layout"]) == (case, shape, "float32", "channels_last")
+        ]
+        if not rows or peer not in rows[0].get("ratio", {}).get(which, {}):
+            raise SystemExit(f"{name}.json does not tell {case} {shape} from {peer}")
+        found = rows[0]["ratio"][which][peer]
+        met = "met" if found >= goal else "missed"
+        cells = [case, shape, which.replace("_", "+"), PEERS[peer], f"{goal:.2f}x", f"{found:.2f}x", met]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def origin(result: dict) -> str:
@@ -53,9 +93,8 @@ def speeds(result: dict) -> list[str]:
     return lines
 
 
-def figures(name: str) -> str:
-    """What belongs into the block of a result.
-
+def load(name: str) -> dict:
+    """
     Raises:
         SystemExit: there is no such result, or one that was stopped before its end.
     """
@@ -65,6 +104,14 @@ def figures(name: str) -> str:
     result = json.loads(path.read_text())
     if not result.get("complete", True):
         raise SystemExit(f"{path} is not complete: go on with `{result['command']} --resume`")
+    return result
+
+
+def figures(name: str) -> str:
+    """What belongs into the block of a result, or of the goals."""
+    if name == "goals":
+        return "\n".join(["", *goals(), ""])
+    result = load(name)
     lines = numerics.table(result["rows"]) if result["op"] == "numerics" else speeds(result)
     return "\n".join([origin(result), "", *lines, ""])
 

@@ -15,6 +15,7 @@ from bench import (
     gpu_check,
     inverted_bottleneck,
     numerics,
+    page,
     peers,
     report,
     score_map,
@@ -415,3 +416,25 @@ def test_on_the_device(op, tmp_path):
         assert {"fusekern", "fusekern, graphed", "reference, graphed"} <= set(row["forward"])
         assert {"fusekern", "fusekern, graphed", "reference, graphed"} <= set(row["forward_backward"])
         assert row["input_sets"] > 1 and row["memory"]["fusekern"]["peak_bytes"] > 0
+
+
+def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
+    assert page.main(["--check"]) == 0
+    wrong = tmp_path / "page.md"
+    wrong.write_text("before\n<!-- figures: former2conv-cpu -->\n9.99x\n<!-- end of figures -->\nafter\n")
+    assert page.main(["--check", str(wrong)]) == 1
+    assert page.main([str(wrong)]) == 0
+    text = wrong.read_text()
+    assert (
+        text.startswith("before\n<!-- figures: former2conv-cpu -->\n`python -m bench.former2conv")
+        and "9.99x" not in text
+    )
+    assert text.endswith("|\n<!-- end of figures -->\nafter\n")
+    assert page.main(["--check", str(wrong)]) == 0
+    wrong.write_text("<!-- figures: nothing -->\n<!-- end of figures -->\n")
+    with pytest.raises(SystemExit, match=r"nothing\.json is not there"):
+        page.main(["--check", str(wrong)])
+
+
+def test_every_cpu_goal_is_met():
+    assert [line for line in page.goals() if "missed" in line] == []
