@@ -27,12 +27,40 @@ __device__ __forceinline__ void write(__half* to, const float (&from)[2]) {
   *reinterpret_cast<__half2*>(to) = __floats2half2_rn(from[0], from[1]);
 }
 
+template <class T, int N>
+__device__ __forceinline__ void round(const float (&from)[N], Pack<T, N>& to) {
+#pragma unroll
+  for (int v = 0; v < N; v += 2) {
+    const float pair[2] = {from[v], from[v + 1]};
+    write(to.values + v, pair);
+  }
+}
+
+// ReLU6 of what has been rounded already: pairs in one instruction, which keeps a NaN.
+__device__ __forceinline__ void relu6(Pack<__nv_bfloat16, 8>& to) {
+  auto* const pairs = reinterpret_cast<__nv_bfloat162*>(to.values);
+#pragma unroll
+  for (int v = 0; v < 4; ++v)
+    pairs[v] = __hmin2_nan(__hmax2_nan(pairs[v], __floats2bfloat162_rn(0.f, 0.f)), __floats2bfloat162_rn(6.f, 6.f));
+}
+__device__ __forceinline__ void relu6(Pack<__half, 8>& to) {
+  auto* const pairs = reinterpret_cast<__half2*>(to.values);
+#pragma unroll
+  for (int v = 0; v < 4; ++v)
+    pairs[v] = __hmin2_nan(__hmax2_nan(pairs[v], __floats2half2_rn(0.f, 0.f)), __floats2half2_rn(6.f, 6.f));
+}
+__device__ __forceinline__ void relu6(Pack<float, 4>& to) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v) to.values[v] = relu6(to.values[v]);
+}
+
 namespace {
 
 struct Map {
   int rows, columns, channels;
   bool wide;  // 16-byte accesses are aligned
 
+  // Of an element, which may lie outside of the image.
   __device__ int64_t offset(bool last, int image, int channel, int row, int column) const {
     const int64_t pixel = static_cast<int64_t>(row) * columns + column;
     const int64_t pixels = static_cast<int64_t>(rows) * columns;
@@ -98,79 +126,122 @@ struct PerChannel {
   __device__ __forceinline__ float get(int row, int v) const { return values[row][Tile::LAST ? v : 0]; }
 };
 
-// Fills the source's tile. get.operator()<WIDE>(numbers, offset, count) gives a vector of the map, numbers being made by
-// numbers_of(channel).
-template <class Tile, bool WIDE, class T, class NumbersOf, class Get>
-__device__ __forceinline__ void stage_vectors(T* tile, const Map& map, int image, int channel, int row, int column,
-                                      const NumbersOf& numbers_of, const Get& get) {
+// How the vectors of a tile are dealt out to the threads in channels_last, and how many are loaded before one is used.
+template <class Tile>
+struct Share {
+  static constexpr int VECTORS = Tile::CHANNELS / Tile::VECTOR, STEP = Tile::THREADS / VECTORS;
+  static constexpr int PIXELS = Tile::SOURCE_ROWS * Tile::SOURCE_COLUMNS, COUNT = (PIXELS + STEP - 1) / STEP;
+  static constexpr int HALF = (COUNT + 1) / 2, BATCH = HALF < 4 ? HALF : 4;
+};
+
+// Fills the source's tile, whose first pixel is at (row, column) of the map. load.operator()<WIDE>(offset, count) gets
+// what apply(numbers, loaded, count) makes a vector of; offset is from that pixel and the block's first channel, the
+// numbers are made by numbers_of(channel). All else is zero.
+template <class Tile, bool WIDE, class T, class NumbersOf, class Load, class Apply>
+__device__ __forceinline__ void stage_vectors(T* tile, const Map& map, int channel, int row, int column,
+                                              const NumbersOf& numbers_of, const Load& load, const Apply& apply) {
   constexpr int N = Tile::VECTOR;
+  using Loaded = decltype(load.template operator()<WIDE>(0, 0));
   const Pack<T, N> zeros = {};
   if constexpr (Tile::LAST) {
-    constexpr int VECTORS = Tile::CHANNELS / N, STEP = Tile::THREADS / VECTORS;
-    const int first = threadIdx.x % VECTORS * N, count = map.channels - channel - first;
+    constexpr int COLUMNS = Tile::SOURCE_COLUMNS, STEP = Share<Tile>::STEP, PIXELS = Share<Tile>::PIXELS;
+    constexpr int BATCH = WIDE ? Share<Tile>::BATCH : 1;
+    const int first = threadIdx.x % Share<Tile>::VECTORS * N, begin = threadIdx.x / Share<Tile>::VECTORS;
+    const int count = map.channels - channel - first, line = map.columns * map.channels;
     const auto numbers = numbers_of(channel + first);
-    // Four loads at a time, of which a backward has two in a step.
-#pragma unroll (!WIDE ? 1 : Tile::BACKWARD ? 2 : 4)
-    for (int i = threadIdx.x / VECTORS; i < Tile::SOURCE_ROWS * Tile::SOURCE_COLUMNS; i += STEP) {
-      const int y = row + i / Tile::SOURCE_COLUMNS, x = column + i % Tile::SOURCE_COLUMNS;
-      const bool inside = y >= 0 && y < map.rows && x >= 0 && x < map.columns && count > 0;
-      *reinterpret_cast<Pack<T, N>*>(tile + i * Tile::CHANNELS + first) =
-          inside ? get.template operator()<WIDE>(numbers, map.offset(true, image, channel + first, y, x), count) : zeros;
+    int y = begin / COLUMNS, x = begin % COLUMNS, offset = y * line + x * map.channels + first;
+    T* to = tile + begin * Tile::CHANNELS + first;
+#pragma unroll 1
+    for (int i = begin; i < PIXELS; i += BATCH * STEP) {
+      Loaded loaded[BATCH];
+      bool inside[BATCH];
+#pragma unroll
+      for (int n = 0; n < BATCH; ++n) {
+        inside[n] = static_cast<unsigned>(row + y) < static_cast<unsigned>(map.rows) &&
+                    static_cast<unsigned>(column + x) < static_cast<unsigned>(map.columns) && count > 0 &&
+                    i + n * STEP < PIXELS;
+        loaded[n] = {};
+        if (inside[n]) loaded[n] = load.template operator()<WIDE>(offset, count);
+        x += STEP % COLUMNS;
+        y += STEP / COLUMNS;
+        offset += STEP / COLUMNS * line + STEP % COLUMNS * map.channels;
+        if (x >= COLUMNS) {
+          x -= COLUMNS;
+          ++y;
+          offset += line - COLUMNS * map.channels;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < BATCH; ++n) {
+        const Pack<T, N> pack = apply(numbers, loaded[n], count);
+        if (i + n * STEP < PIXELS)
+          *reinterpret_cast<Pack<T, N>*>(to + n * STEP * Tile::CHANNELS) = inside[n] ? pack : zeros;
+      }
+      to += BATCH * STEP * Tile::CHANNELS;
     }
   } else {
     // Vectors begin at multiples of their length, which the source's tile may not.
     constexpr int VECTORS = (Tile::SOURCE_COLUMNS + 2 * N - 2) / N;
-    const int start = (column + N) / N * N - N;
+    const int start = (column + N) / N * N - N - column, plane = map.rows * map.columns;
     for (int i = threadIdx.x; i < Tile::CHANNELS * Tile::SOURCE_ROWS * VECTORS; i += Tile::THREADS) {
-      const int c = i / VECTORS / Tile::SOURCE_ROWS, line = i / VECTORS;
-      const int y = row + line % Tile::SOURCE_ROWS, x = start + i % VECTORS * N;
-      const bool inside = y >= 0 && y < map.rows && x >= 0 && x < map.columns && channel + c < map.channels;
+      const int line = i / VECTORS, c = line / Tile::SOURCE_ROWS, y = line % Tile::SOURCE_ROWS;
+      const int x = start + i % VECTORS * N, count = map.columns - column - x;
+      const bool inside = row + y >= 0 && row + y < map.rows && column + x >= 0 && count > 0 &&
+                          channel + c < map.channels;
       const Pack<T, N> pack =
-          inside ? get.template operator()<WIDE>(numbers_of(channel + c), map.offset(false, image, channel + c, y, x), map.columns - x) : zeros;
+          inside ? apply(numbers_of(channel + c),
+                         load.template operator()<WIDE>(c * plane + y * map.columns + x, count), count)
+                 : zeros;
 #pragma unroll
       for (int v = 0; v < N; ++v)
-        if (x + v >= column && x + v < column + Tile::SOURCE_COLUMNS)
-          tile[line * Tile::SOURCE_ROW + x + v - column] = pack.values[v];
+        if (x + v >= 0 && x + v < Tile::SOURCE_COLUMNS) tile[line * Tile::SOURCE_ROW + x + v] = pack.values[v];
     }
   }
 }
 
-template <class Tile, class T, class NumbersOf, class Get>
-__device__ __forceinline__ void stage(T* tile, const Map& map, int image, int channel, int row, int column,
-                                      const NumbersOf& numbers_of, const Get& get) {
+template <class Tile, class T, class NumbersOf, class Load, class Apply>
+__device__ __forceinline__ void stage(T* tile, const Map& map, int channel, int row, int column,
+                                      const NumbersOf& numbers_of, const Load& load, const Apply& apply) {
   if (map.wide)
-    stage_vectors<Tile, true>(tile, map, image, channel, row, column, numbers_of, get);
+    stage_vectors<Tile, true>(tile, map, channel, row, column, numbers_of, load, apply);
   else
-    stage_vectors<Tile, false>(tile, map, image, channel, row, column, numbers_of, get);
+    stage_vectors<Tile, false>(tile, map, channel, row, column, numbers_of, load, apply);
 }
 
-// Calls move.operator()<WIDE>(place in the tile, offset in the map, count) for the vectors of the tile that is written.
-template <class Tile, bool WIDE, class Move>
-__device__ __forceinline__ void move_vectors(const Map& map, int image, int channel, int row, int column,
-                                            const Move& move) {
+// Calls move.operator()<WIDE>(place in the tile, offset, count) for the vectors of the tile that is written, whose
+// first pixel is at (row, column) of the map; offset is from there and the block's first channel. Vectors outside of
+// the map have their place alone.
+template <class Tile, bool WIDE, class Move, class Outside>
+__device__ __forceinline__ void move_vectors(const Map& map, int channel, int row, int column, const Move& move,
+                                             const Outside& outside) {
   constexpr int N = Tile::VECTOR, VECTORS = (Tile::LAST ? Tile::CHANNELS : Tile::COLUMNS) / N;
 #pragma unroll (WIDE ? 4 : 1)
-  for (int i = threadIdx.x; i < Tile::SIZE / N; i += Tile::THREADS) {
+  for (unsigned i = threadIdx.x; i < Tile::SIZE / N; i += Tile::THREADS) {
     const int line = i / VECTORS, first = i % VECTORS * N;
     if constexpr (Tile::LAST) {
-      const int y = row + line / Tile::COLUMNS, x = column + line % Tile::COLUMNS, c = channel + first;
-      if (y < map.rows && x < map.columns && c < map.channels)
-        move.template operator()<WIDE>(i * N, map.offset(true, image, c, y, x), map.channels - c);
+      const int y = i / VECTORS / Tile::COLUMNS, x = i / VECTORS % Tile::COLUMNS;
+      if (row + y < map.rows && column + x < map.columns && channel + first < map.channels)
+        move.template operator()<WIDE>(i * N, (y * map.columns + x) * map.channels + first,
+                                       map.channels - channel - first);
+      else
+        outside(i * N);
     } else {
-      const int c = channel + line / Tile::ROWS, y = row + line % Tile::ROWS, x = column + first;
-      if (y < map.rows && x < map.columns && c < map.channels)
-        move.template operator()<WIDE>(i * N, map.offset(false, image, c, y, x), map.columns - x);
+      const int c = line / Tile::ROWS, y = line % Tile::ROWS;
+      if (row + y < map.rows && column + first < map.columns && channel + c < map.channels)
+        move.template operator()<WIDE>(i * N, (c * map.rows + y) * map.columns + first, map.columns - column - first);
+      else
+        outside(i * N);
     }
   }
 }
 
-template <class Tile, class Move>
-__device__ __forceinline__ void for_vectors(const Map& map, int image, int channel, int row, int column,
-                                            const Move& move) {
+template <class Tile, class Move, class Outside>
+__device__ __forceinline__ void for_vectors(const Map& map, int channel, int row, int column, const Move& move,
+                                            const Outside& outside) {
   if (map.wide)
-    move_vectors<Tile, true>(map, image, channel, row, column, move);
+    move_vectors<Tile, true>(map, channel, row, column, move, outside);
   else
-    move_vectors<Tile, false>(map, image, channel, row, column, move);
+    move_vectors<Tile, false>(map, channel, row, column, move, outside);
 }
 
 // The weight of the block's channels, [K * K][CHANNELS].
@@ -196,8 +267,8 @@ constexpr int WIDE = 32;  // channels of a block that adds, and threads that sha
 
 // ---- launches ----------------------------------------------------------------------------------------------------
 
-// f.operator()<T, Tile>() for what the problem asks: elements of three types, windows of 3 and 5, strides of 1 and 2, and
-// both layouts.
+// f.operator()<T, Tile>() for what the problem asks: elements of three types, windows of 3 and 5, strides of 1 and 2,
+// and both layouts.
 template <bool BACKWARD, class T, class F>
 auto with_tile(const Problem& problem, const F& f) {
   constexpr int BYTES = sizeof(T);
@@ -220,7 +291,7 @@ auto with_kernel(const Problem& problem, const F& f) {
 // Blocks enough for any device: where there are more, each has several tiles, and so there are fewer partial sums. The
 // number must not depend on the device, since the order of the sums does on it.
 #if !defined(FUSEKERN_DW_BLOCKS)
-#define FUSEKERN_DW_BLOCKS 4096
+#define FUSEKERN_DW_BLOCKS 2048
 #endif
 constexpr int64_t ENOUGH = FUSEKERN_DW_BLOCKS;
 

@@ -14,9 +14,9 @@ namespace fusekern::dw {
 
 // ---- shapes ------------------------------------------------------------------------------------------------------
 
-// A tile is ROWS x COLUMNS pixels of what the kernel writes: of y2 in the forward, of d in the backward. SOURCE_* is the
-// tile, with its halo, of what a window reads: relu6(v1) in the forward, dy2 in the backward. A thread walks down a
-// strip of P columns and V channels, so that each row of the source is read once for all rows that it adds to.
+// A tile is ROWS x COLUMNS pixels of what the kernel writes: of y2 in the forward, of d in the backward. SOURCE_* is
+// the tile, with its halo, of what a window reads: relu6(v1) in the forward, dy2 in the backward. A thread walks down
+// a strip of P columns and V channels, so that each row of the source is read once for all rows that it adds to.
 //
 // Channels lie side by side in the tile where they do so in memory (LAST), else columns do.
 template <int BYTES, int K_, int S_, bool LAST_, bool BACKWARD_>
@@ -24,11 +24,13 @@ struct Tile {
   static constexpr int K = K_, S = S_, PAD = K / 2;
   static constexpr bool LAST = LAST_, BACKWARD = BACKWARD_;
   static constexpr int VECTOR = 16 / BYTES;  // elements of a 16-byte access
-  static constexpr int V = LAST ? 2 : 1, P = 2;
+  // Wider strips read less of the tile twice, and take more registers.
+  static constexpr int V = LAST ? 2 : 1, P = LAST && !BACKWARD && K == 3 ? 4 : 2;
   // 128 bytes of channels, a whole cache line; or of columns, half that for fp32.
   static constexpr int CHANNELS = LAST ? 128 / BYTES : 8;
   static constexpr int COLUMNS = LAST ? 16 : 32;
-  // As many as fit into 48 KiB of shared memory with the source, of which a forward with stride 2 has four times as much.
+  // As many as fit into 48 KiB of shared memory with the source, of which a forward with stride 2 has four times as
+  // much.
   static constexpr int ROWS = BACKWARD || S == 1 ? (K == 3 ? 8 : 6) : (K == 3 ? 4 : 2);
 
   // What the window of `n` pixels in a row (or column) covers of the source, and where it starts: at source pixel
@@ -48,6 +50,9 @@ struct Tile {
   // Threads of the same channels stand next to each other in LAST, those of the same columns else. STRIPS of them share
   // their channels, and what they sum.
   static constexpr int LANES = CHANNELS / V, STRIPS = COLUMNS / P, THREADS = LANES * STRIPS;
+  // What a multiprocessor shall run at once bounds the registers, here to 128 or 255. If it is not stated, ptxas spills
+  // a few to fit one more.
+  static constexpr int BLOCKS = (BACKWARD && LAST && K == 5 ? 256 : 512) / THREADS;
   static constexpr FUSEKERN_BOTH int lane(int thread) { return LAST ? thread % LANES : thread / STRIPS; }
   static constexpr FUSEKERN_BOTH int strip(int thread) { return LAST ? thread / LANES : thread % STRIPS; }
   // Where a thread's strip begins in the two tiles.
@@ -85,7 +90,7 @@ FUSEKERN_BOTH float relu6(float v) {
 #endif
 }
 
-// Does the gradient pass ReLU6?
+// Does the gradient pass ReLU6? Of v or, which is the same, of relu6(v).
 FUSEKERN_BOTH bool passes(float v) { return v > 0.f && v < 6.f; }
 
 // dy = p dv + q (y - mean) + r
@@ -140,8 +145,8 @@ FUSEKERN_BOTH void convolve(const T* source, const float (&weight)[Tile::K][Tile
 }
 
 // The backward of a strip, of which one window of dy2 serves both gradients: source is dy2; load(row, a) gives
-// relu6(v1) of a row, [P][V]; taps take the gradient of the weight; done(row, d) takes Wd^T * dy2, still without the
-// mask.
+// relu6(v1) of a row, [P][V]; taps take the gradient of the weight; done(row, d, a) takes Wd^T * dy2, still without the
+// mask, and what load gave.
 template <class Tile, class T, class Load, class Done>
 FUSEKERN_BOTH void differentiate(const T* source, const float (&weight)[Tile::K][Tile::K][Tile::V],
                                  float (&taps)[Tile::K][Tile::K][Tile::V], const Load& load, const Done& done) {
@@ -168,7 +173,7 @@ FUSEKERN_BOTH void differentiate(const T* source, const float (&weight)[Tile::K]
             taps[i][j][v] += a[row][p][v] * g[x][v];
           }
         }
-      if (i < S) done(row, d[row]);  // the last
+      if (i < S) done(row, d[row], a[row]);  // the last
     }
   }
 }

@@ -1,8 +1,8 @@
-// inverted_bottleneck in stages, between which Python turns statistics into scale and shift. Matrix products are
-// torch's, called tile by tile, so that what is read and written beside them is still in the cache.
+// inverted_bottleneck in stages, between which Python turns statistics into scale and shift. Matrix products go tile by
+// tile, so that what is read and written beside them is still in the cache; those in bf16 are torch's.
 //
-// A tile holds some pixels and some of the E channels. Sums over E or over pixels go through one tile after the other in
-// a fixed order, whoever computes them; in bf16, which would be rounded each time, one product takes them all instead.
+// A tile holds some pixels and some of the E channels. Sums over E or over pixels go through one tile after the other
+// in a fixed order, whoever computes them; in bf16, which would be rounded each time, one product takes them all.
 #include "inverted_bottleneck.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -99,9 +99,10 @@ Dense tile_of(float* memory, const Layout& layout, int64_t pixels, int64_t chann
 Chunk all_of(int64_t pixels) { return {0, 0, pixels, 0}; }
 
 // The pixels of a chunk of a map with any strides.
-Pixels pixels_of(const Tensor& t, const Layout& layout, const Chunk& chunk) {
+Pixels pixels_of(const Tensor& t, const Layout& layout, const Chunk& chunk, int64_t c0) {
   const Map map = map_of(t);
-  char* const data = static_cast<char*>(map.data) + (layout.rows ? 0 : chunk.b * map.batch * layout.bytes());
+  const int64_t n = (layout.rows ? 0 : chunk.b * map.batch) + c0 * map.channel;
+  char* const data = static_cast<char*>(map.data) + n * layout.bytes();
   return {data, chunk.first, t.size(2), t.size(3), map.batch, map.row, map.column, map.channel};
 }
 
@@ -148,7 +149,8 @@ struct Image {
 // A weight [rows, columns], contiguous: some of its rows and columns, or the other way round.
 Tensor block(const Tensor& weight, int64_t row, int64_t rows, int64_t column, int64_t columns, bool turned = false) {
   const int64_t ld = weight.size(1), size = weight.scalar_type() == ScalarType::Float ? 4 : 2;
-  const int64_t shape[] = {turned ? columns : rows, turned ? rows : columns}, strides[] = {turned ? 1 : ld, turned ? ld : 1};
+  const int64_t shape[] = {turned ? columns : rows, turned ? rows : columns},
+                strides[] = {turned ? 1 : ld, turned ? ld : 1};
   char* const at = static_cast<char*>(weight.data_ptr()) + (row * ld + column) * size;
   return torch::stable::from_blob(at, {shape, 2}, {strides, 2}, weight.device(), weight.scalar_type());
 }
@@ -160,13 +162,27 @@ Tensor turned(const Tensor& matrix) {
 
 // ---- work ----------------------------------------------------------------------------------------------------------
 
-// to = a b, or to += a b.
+// to = a b, or to += a b. In fp32 the body's product, which torch's does not reach, where the CPU has FMA.
 void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add) {
+  const bool own = to.scalar_type() == ScalarType::Float && cpu_isa() != Isa::baseline;
+  const auto can = [](const Tensor& b, int columns) { return b.stride(columns) == 1 || b.stride(1 - columns) == 1; };
+  BottleneckProduct p{};
+  p.c = static_cast<float*>(to.data_ptr()), p.terms = a.size(1), p.add = add;
+  const auto run = [&](const Tensor& a, const Tensor& b, int rows, int columns) {
+    p.rows = to.size(rows), p.columns = to.size(columns);
+    p.a = static_cast<const float*>(a.data_ptr()), p.b = static_cast<const float*>(b.data_ptr());
+    p.a_row = a.stride(rows), p.a_term = a.stride(columns), p.b_term = b.stride(rows), p.b_column = b.stride(columns);
+    p.c_row = to.stride(rows);
+    const Scratch packed(FUSEKERN_PICK(bottleneck_product_floats)());
+    FUSEKERN_PICK(bottleneck_product)(p, packed.data);
+  };
+  if (own && to.stride(1) == 1 && can(b, 1)) return run(a, b, 0, 1);
+  if (own && to.stride(0) == 1 && can(a, 0)) return run(b, a, 1, 0);  // transposed
   TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1., 1.)
                              : aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
 }
 
-// f(item) for each; with more than one thread all in threads of the pool, where torch's products use no further threads:
+// f(item) for each; with more than one thread all within the pool, where torch's products use no further threads:
 // their result must not depend on how many there are.
 template <class F>
 void for_each(int64_t items, const F& f) {
@@ -189,7 +205,9 @@ struct Channels {
 };
 
 // Blocks such that a tile with these pixels fits into the cache.
-Channels tiles(int64_t E, int64_t pixels) { return {E, std::max<int64_t>(64, std::min<int64_t>(512, TILE_FLOATS / pixels))}; }
+Channels tiles(int64_t E, int64_t pixels) {
+  return {E, std::max<int64_t>(64, std::min<int64_t>(512, TILE_FLOATS / pixels))};
+}
 
 BottleneckPass pass_over(const Layout& layout, int64_t pixels, int64_t channels) {
   BottleneckPass pass{};
@@ -290,14 +308,16 @@ BottleneckDepthwise depthwise(const Tensor& y1, const Tensor& y2, const Tensor& 
   check("y2", y2, {y1.size(0), E, h, w}, y1.scalar_type());
   BottleneckDepthwise op{};
   op.bf16 = is_bf16(y1), op.rows = rows;
-  op.B = y1.size(0), op.channels = E, op.H = y1.size(2), op.W = y1.size(3), op.h = h, op.w = w, op.k = k, op.stride = stride;
+  op.B = y1.size(0), op.channels = E, op.H = y1.size(2), op.W = y1.size(3), op.h = h, op.w = w, op.k = k,
+  op.stride = stride;
   op.wd = wd.data_ptr(), op.pitch = E;
   op.y1 = map_of(y1), op.y2 = map_of(y2);
   // Sizes of 1 may have any stride.
   if (rows) op.y1.channel = op.y2.channel = 1;
   // As many channels as rows for them fit into the cache; in images a vector's, whose rows are read whole.
-  op.block = rows ? Channels(E, std::clamp<int64_t>(TILE_FLOATS / 2 / (k * (op.W + 2 * (k / 2))) / 16 * 16, 16, 512)).size
-                  : std::min<int64_t>(E, 16);
+  op.block =
+      rows ? Channels(E, std::clamp<int64_t>(TILE_FLOATS / 2 / (k * (op.W + 2 * (k / 2))) / 16 * 16, 16, 512)).size
+           : std::min<int64_t>(E, 16);
   return op;
 }
 
@@ -330,7 +350,8 @@ void join(const std::vector<Chunk>& chunks, const float* partial, int64_t C, flo
     double mean = 0, squares = 0, count = 0;
     for (size_t i = 0; i < chunks.size(); ++i) {
       const float* const moments = partial + 3 * i * C + c;
-      const double more = static_cast<double>(chunks[i].count), other = static_cast<double>(moments[0]) + moments[2 * C];
+      const double more = static_cast<double>(chunks[i].count),
+                   other = static_cast<double>(moments[0]) + moments[2 * C];
       squares += moments[C] + (count > 0 ? (other - mean) * (other - mean) * count * more / (count + more) : 0);
       mean = count > 0 ? mean + (other - mean) * more / (count + more) : other;
       count += more;
@@ -363,20 +384,21 @@ void project_fwd(const Tensor& y2,       // [B, E, h, w]
       const int64_t c0 = blocks.first(i), channels = blocks.channels(i);
       const Dense tile = tile_of(memory.data, layout, chunk.count, channels);
       activate(from, chunk, c0, affine2, tile, all_of(chunk.count));
-      multiply(tile.matrix(all_of(chunk.count), 0, channels), block(w3, 0, O, c0, channels, true), to.matrix(chunk, 0, O),
-               i > 0);
+      multiply(tile.matrix(all_of(chunk.count), 0, channels), block(w3, 0, O, c0, channels, true),
+               to.matrix(chunk, 0, O), i > 0);
     }
     if (stats3) add_moments(to, chunk, 0, O, partial.data + 3 * O * item, 0);
   });
   if (stats3) join(chunks, partial.data, O, data_of(*stats3));
 }
 
-// out = affine y (+ x)
-void finish(const Dense& y, const Chunk& from, const Tensor& affine, const Tensor* x, const Dense& out, const Chunk& to) {
-  BottleneckPass pass = pass_over(y.layout, from.count, y.C);
-  pass.a = y.pixels(from, 0), pass.out = out.pixels(to, 0);
-  if (x != nullptr) pass.b = pixels_of(*x, out.layout, to);
-  give(pass, affine, 0);
+// out = affine y (+ x), of some channels
+void finish(const Dense& y, const Chunk& from, int64_t c0, int64_t channels, const Tensor& affine, const Tensor* x,
+            const Dense& out, const Chunk& to) {
+  BottleneckPass pass = pass_over(y.layout, from.count, channels);
+  pass.a = y.pixels(from, c0), pass.out = out.pixels(to, c0);
+  if (x != nullptr) pass.b = pixels_of(*x, out.layout, to, c0);
+  give(pass, affine, c0);
   FUSEKERN_PICK(bottleneck_affine)(pass);
 }
 
@@ -390,7 +412,7 @@ void residual_fwd(const Tensor& y3,       // [B, O, h, w]
   const Layout layout = layout_of(y3, lie_in_rows({&y3, &out}));
   const auto chunks = chunks_of(layout, TILE_PIXELS);
   for_each(static_cast<int64_t>(chunks.size()), [&](int64_t item) {
-    finish(dense(y3, layout), chunks[item], affine3, x ? &*x : nullptr, dense(out, layout), chunks[item]);
+    finish(dense(y3, layout), chunks[item], 0, O, affine3, x ? &*x : nullptr, dense(out, layout), chunks[item]);
   });
 }
 
@@ -414,8 +436,10 @@ void infer(const Tensor& x,        // [B, C, H, W]
   const int64_t h = (H - 1) / stride + 1, w = (W - 1) / stride + 1;
   check("x", x, {B, C, H, W}, dtype), check("out", out, {B, O, h, w}, dtype);
   STD_TORCH_CHECK(!residual || (stride == 1 && C == O), "a residual needs stride 1 and as many channels as x has");
-  check_weight("w1", w1, {E, C}, dtype), check_weight("wd", wd, {E, k, k}, dtype), check_weight("w3", w3, {O, E}, dtype);
-  check_vectors("affine1", affine1, 2, E), check_vectors("affine2", affine2, 2, E), check_vectors("affine3", affine3, 2, O);
+  check_weight("w1", w1, {E, C}, dtype), check_weight("wd", wd, {E, k, k}, dtype),
+      check_weight("w3", w3, {O, E}, dtype);
+  check_vectors("affine1", affine1, 2, E), check_vectors("affine2", affine2, 2, E),
+      check_vectors("affine3", affine3, 2, O);
 
   const bool rows = lie_in_rows({&out});
   const Layout layout = layout_of(out, rows);
@@ -425,7 +449,7 @@ void infer(const Tensor& x,        // [B, C, H, W]
   const Dense to = dense(out, layout);
   const int64_t strips = parts(h * w, TILE_PIXELS), height = parts(h, std::min(h, strips));
   const int64_t in_rows = std::min(H, height * stride + k), in_pixels = in_rows * W, pixels = height * w;
-  const Channels blocks = tiles(E, std::max(in_pixels, pixels));
+  const Channels blocks = tiles(E, std::max(in_pixels, pixels)), shares(O, 256);
 
   BottleneckDepthwise op{};
   op.bf16 = layout.bf16, op.rows = rows, op.B = 1, op.channels = E, op.H = H, op.W = W, op.h = h, op.w = w, op.k = k;
@@ -446,10 +470,12 @@ void infer(const Tensor& x,        // [B, C, H, W]
         const int64_t slot = item / blocks.count(), b = b0 + slot, i = item % blocks.count();
         const int64_t c0 = blocks.first(i), channels = blocks.channels(i);
         const Scratch expanded(floats(layout, std::max<int64_t>(fresh, 1) * channels)), scratch(op.scratch_floats);
-        const Dense from = tile_of(expanded.data, layout, fresh, channels), into = tile_of(tile(slot), layout, count, E);
+        const Dense from = tile_of(expanded.data, layout, fresh, channels),
+                    into = tile_of(tile(slot), layout, count, E);
         if (fresh > 0) {
           const Chunk chunk = rows ? Chunk{0, b * H * W + staged * W, fresh, 0} : Chunk{b, staged * W, fresh, 0};
-          multiply(image.matrix(chunk), block(w1, c0, channels, 0, C, true), from.matrix(all_of(fresh), 0, channels), false);
+          multiply(image.matrix(chunk), block(w1, c0, channels, 0, C, true), from.matrix(all_of(fresh), 0, channels),
+                   false);
         }
         // The body counts rows from the top of the image, and channels from the first of all.
         BottleneckDepthwise part = op;
@@ -459,17 +485,18 @@ void infer(const Tensor& x,        // [B, C, H, W]
           return Map{data, 0, map.channel, map.row, map.column};
         };
         part.y1 = shifted(from, W, staged, c0), part.y2 = shifted(into, w, y0, 0);
-        FUSEKERN_PICK(bottleneck_depthwise_rows)(part, i, staged, y0, y1, rings.data + item * op.ring_floats, scratch.data);
+        FUSEKERN_PICK(bottleneck_depthwise_rows)(part, i, staged, y0, y1, rings.data + item * op.ring_floats,
+                                                 scratch.data);
       });
       staged = std::max(staged, need);
-      const int64_t halves = count > 1 ? 2 : 1, half = parts(count, halves);
-      for_each(images * halves, [&](int64_t item) {
-        const int64_t slot = item / halves, b = b0 + slot, first = item % halves * half, some = std::min(half, count - first);
-        const Dense from = tile_of(tile(slot), layout, count, E), y3 = tile_of(tile(slot) + tile_floats, layout, count, O);
-        const Chunk part{0, first, some, 0};
-        multiply(from.matrix(part, 0, E), block(w3, 0, O, 0, E, true), y3.matrix(part, 0, O), false);
-        const int64_t n = y0 * w + first;
-        finish(y3, part, affine3, residual ? &x : nullptr, to, rows ? Chunk{0, b * h * w + n, some, 0} : Chunk{b, n, some, 0});
+      for_each(images * shares.count(), [&](int64_t item) {
+        const int64_t slot = item / shares.count(), b = b0 + slot, i = item % shares.count(), n = y0 * w;
+        const int64_t c0 = shares.first(i), channels = shares.channels(i);
+        const Dense from = tile_of(tile(slot), layout, count, E),
+                    y3 = tile_of(tile(slot) + tile_floats, layout, count, O);
+        const Chunk all = all_of(count), there = rows ? Chunk{0, b * h * w + n, count, 0} : Chunk{b, n, count, 0};
+        multiply(from.matrix(all, 0, E), block(w3, c0, channels, 0, E, true), y3.matrix(all, c0, channels), false);
+        finish(y3, all, c0, channels, affine3, residual ? &x : nullptr, to, there);
       });
     }
 }
@@ -481,7 +508,8 @@ void output_bwd(const Tensor& g,      // [B, O, h, w]
                 const Tensor& mean3,  // [O]
                 Tensor sums3) {       // [2, O]
   const int64_t O = y3.size(1);
-  check_map("y3", y3, g, O), check_map("g", g, y3, O), check_vectors("mean3", mean3, 1, O), check_vectors("sums3", sums3, 2, O);
+  check_map("y3", y3, g, O), check_map("g", g, y3, O), check_vectors("mean3", mean3, 1, O),
+      check_vectors("sums3", sums3, 2, O);
   const Layout layout = layout_of(y3, lie_in_rows({&y3}));
   const auto chunks = chunks_of(layout, TILE_PIXELS);
   const int64_t count = static_cast<int64_t>(chunks.size());
@@ -489,7 +517,7 @@ void output_bwd(const Tensor& g,      // [B, O, h, w]
   clear(partial.data, 2 * O * count);
   for_each(count, [&](int64_t item) {
     BottleneckPass pass = pass_over(layout, chunks[item].count, O);
-    pass.a = pixels_of(g, layout, chunks[item]), pass.b = dense(y3, layout).pixels(chunks[item], 0);
+    pass.a = pixels_of(g, layout, chunks[item], 0), pass.b = dense(y3, layout).pixels(chunks[item], 0);
     pass.vectors[0] = data_of(mean3);
     pass.sums[0] = partial.data + 2 * O * item, pass.sums[1] = pass.sums[0] + O;
     FUSEKERN_PICK(bottleneck_sums)(pass);
@@ -501,15 +529,15 @@ void output_bwd(const Tensor& g,      // [B, O, h, w]
   }
 }
 
-void project_bwd(const Tensor& g,        // [B, O, h, w]
-                 const Tensor& y3,       // [B, O, h, w]
-                 const Tensor& coef3,    // [4, O]
-                 const Tensor& y2,       // [B, E, h, w]
-                 const Tensor& affine2,  // [2, E]
-                 const Tensor& mean2,    // [E]
-                 const Tensor& w3,       // [O, E]
-                 Tensor dz,              // [B, E, h, w]
-                 Tensor dw3,             // [O, E]
+void project_bwd(const Tensor& g,                // [B, O, h, w]
+                 const Tensor& y3,               // [B, O, h, w]
+                 const Tensor& coef3,            // [4, O]
+                 const Tensor& y2,               // [B, E, h, w]
+                 const Tensor& affine2,          // [2, E]
+                 const Tensor& mean2,            // [E]
+                 const Tensor& w3,               // [O, E]
+                 Tensor dz,                      // [B, E, h, w]
+                 Tensor dw3,                     // [O, E]
                  std::optional<Tensor> sums2) {  // [2, E]
   const int64_t E = y2.size(1), O = y3.size(1);
   check_map("y2", y2, y3, E), check_map("g", g, y2, O), check_map("y3", y3, y2, O), check_map("dz", dz, y2, E);
@@ -524,12 +552,13 @@ void project_bwd(const Tensor& g,        // [B, O, h, w]
   const Dense dy3 = tile_of(memory.data, layout, N, O);
   for_each(static_cast<int64_t>(chunks.size()), [&](int64_t item) {
     const Chunk &chunk = chunks[item], there{0, chunk.before, chunk.count, 0};
-    through_norm(pixels_of(g, layout, chunk), dense(y3, layout).pixels(chunk, 0), chunk.count, 0, coef3, dy3, there);
+    through_norm(pixels_of(g, layout, chunk, 0), dense(y3, layout).pixels(chunk, 0), chunk.count, 0, coef3, dy3, there);
   });
   const Channels blocks = tiles(E, layout.bf16 ? std::max<int64_t>(N / 4, 1) : most);
   for_each(blocks.count(), [&](int64_t item) {
     const int64_t c0 = blocks.first(item), channels = blocks.channels(item);
-    const Scratch activated(floats(layout, (layout.bf16 ? N : most) * channels)), product(floats(layout, most * channels));
+    const Scratch activated(floats(layout, (layout.bf16 ? N : most) * channels)),
+        product(floats(layout, most * channels));
     const Scratch sums(2 * channels);
     clear(sums.data, 2 * channels);
     const Tensor dweight = block(dw3, 0, O, c0, channels), weight = block(w3, 0, O, c0, channels);
@@ -538,8 +567,7 @@ void project_bwd(const Tensor& g,        // [B, O, h, w]
       const Chunk &chunk = chunks[i], there{0, chunk.before, chunk.count, 0}, own = all_of(chunk.count);
       const Dense tile = layout.bf16 ? all : tile_of(activated.data, layout, chunk.count, channels);
       activate(from, chunk, c0, affine2, tile, layout.bf16 ? there : own);
-      if (!layout.bf16)
-        multiply(turned(dy3.matrix(there, 0, O)), tile.matrix(own, 0, channels), dweight, i > 0);
+      if (!layout.bf16) multiply(turned(dy3.matrix(there, 0, O)), tile.matrix(own, 0, channels), dweight, i > 0);
       const Dense back = tile_of(product.data, layout, chunk.count, channels);
       multiply(dy3.matrix(there, 0, O), weight, back.matrix(own, 0, channels), false);
       BottleneckPass pass = pass_over(layout, chunk.count, channels);
@@ -549,11 +577,9 @@ void project_bwd(const Tensor& g,        // [B, O, h, w]
       pass.sums[0] = sums.data, pass.sums[1] = sums.data + channels;
       FUSEKERN_PICK(bottleneck_mask)(pass);
     }
-    if (layout.bf16)
-      multiply(turned(dy3.matrix(all_of(N), 0, O)), all.matrix(all_of(N), 0, channels), dweight, false);
+    if (layout.bf16) multiply(turned(dy3.matrix(all_of(N), 0, O)), all.matrix(all_of(N), 0, channels), dweight, false);
     if (sums2)
-      for (int64_t i = 0; i < 2; ++i)
-        std::copy_n(sums.data + i * channels, channels, data_of(*sums2) + i * E + c0);
+      for (int64_t i = 0; i < 2; ++i) std::copy_n(sums.data + i * channels, channels, data_of(*sums2) + i * E + c0);
   });
 }
 
@@ -565,8 +591,8 @@ void depthwise_bwd(const Tensor& dz,       // [B, E, h, w]
                    const Tensor& mean1,    // [E]
                    const Tensor& wd,       // [E, k, k]
                    int64_t stride,
-                   Tensor d,    // [B, E, H, W]
-                   Tensor dwd,  // [E, k, k]
+                   Tensor d,                       // [B, E, H, W]
+                   Tensor dwd,                     // [E, k, k]
                    std::optional<Tensor> sums1) {  // [2, E]
   BottleneckDepthwise op = depthwise(y1, y2, wd, stride, lie_in_rows({&dz, &y2, &y1, &d}));
   check_map("dz", dz, y2, op.channels), check_map("d", d, y1, op.channels);
@@ -582,14 +608,14 @@ void depthwise_bwd(const Tensor& dz,       // [B, E, h, w]
   run(op, FUSEKERN_PICK(bottleneck_depthwise_bwd));
 }
 
-void expand_bwd(const Tensor& d,      // [B, E, H, W]
-                const Tensor& y1,     // [B, E, H, W]
-                const Tensor& coef1,  // [4, E]
-                const Tensor& x,      // [B, C, H, W]
-                const Tensor& w1,     // [E, C]
+void expand_bwd(const Tensor& d,                 // [B, E, H, W]
+                const Tensor& y1,                // [B, E, H, W]
+                const Tensor& coef1,             // [4, E]
+                const Tensor& x,                 // [B, C, H, W]
+                const Tensor& w1,                // [E, C]
                 const std::optional<Tensor>& g,  // [B, C, H, W]
-                Tensor dx,     // [B, C, H, W]
-                Tensor dw1) {  // [E, C]
+                Tensor dx,                       // [B, C, H, W]
+                Tensor dw1) {                    // [E, C]
   const int64_t C = x.size(1), E = w1.size(0);
   check_map("x", x, y1, C), check_map("y1", y1, x, E), check_map("d", d, x, E), check_map("dx", dx, x, C);
   if (g) check_map("g", *g, x, C);
@@ -620,7 +646,8 @@ void expand_bwd(const Tensor& d,      // [B, E, H, W]
       const Scratch memory(floats(layout, N * channels));
       const Dense tile = tile_of(memory.data, layout, N, channels);
       for (const Chunk& chunk : chunks) fill(chunk, c0, tile, {0, chunk.before, chunk.count, 0});
-      multiply(turned(tile.matrix(all_of(N), 0, channels)), image.matrix(all_of(N)), block(dw1, c0, channels, 0, C), false);
+      multiply(turned(tile.matrix(all_of(N), 0, channels)), image.matrix(all_of(N)), block(dw1, c0, channels, 0, C),
+               false);
     });
     return;
   }
@@ -655,7 +682,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cpp, m) {
   m.def(
       "inverted_bottleneck_depthwise_fwd(Tensor y1, Tensor affine1, Tensor wd, int stride, Tensor(a!) y2, "
       "Tensor(b!)? stats2) -> ()");
-  m.def("inverted_bottleneck_project_fwd(Tensor y2, Tensor affine2, Tensor w3, Tensor(a!) y3, Tensor(b!)? stats3) -> ()");
+  m.def(
+      "inverted_bottleneck_project_fwd(Tensor y2, Tensor affine2, Tensor w3, Tensor(a!) y3, Tensor(b!)? stats3) -> ()");
   m.def("inverted_bottleneck_residual_fwd(Tensor y3, Tensor affine3, Tensor? x, Tensor(a!) out) -> ()");
   m.def(
       "inverted_bottleneck_infer(Tensor x, Tensor w1, Tensor affine1, Tensor wd, Tensor affine2, Tensor w3, "

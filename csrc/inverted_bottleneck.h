@@ -1,5 +1,5 @@
-// The inverted bottleneck: what inverted_bottleneck.cpp hands to the bodies. Matrix products are torch's; the bodies do
-// what lies between them, on tiles of some pixels and channels.
+// The inverted bottleneck: what inverted_bottleneck.cpp hands to the bodies. They work on tiles of some pixels and
+// channels, and on rows of the map.
 #pragma once
 
 #include "attention.h"
@@ -44,7 +44,20 @@ struct BottleneckDepthwise {
   int64_t scratch_floats;  // of a thread: the rest
 };
 
+// c [rows][columns] (+)= a [rows][terms] b [terms][columns], in fp32. The columns of c lie side by side, and either the
+// columns or the terms of b.
+struct BottleneckProduct {
+  int64_t rows, columns, terms;
+  const float *a, *b;
+  float* c;
+  int64_t a_row, a_term, b_term, b_column, c_row;  // strides
+  bool add;
+};
+
 FUSEKERN_BODY(
+    int64_t bottleneck_product_floats();  // of working memory
+    void bottleneck_product(const BottleneckProduct& product, float* packed);
+
     // out = relu6(v0 a + v1)
     void bottleneck_activate(const BottleneckPass& pass);
     // out = v0 a + v1 (+ b)
@@ -55,16 +68,16 @@ FUSEKERN_BODY(
     void bottleneck_mask(const BottleneckPass& pass);
     // sums += a, a (b - v0)
     void bottleneck_sums(const BottleneckPass& pass);
-    // sums: of `before` pixels the mean, the sum of squared distances from it, and what is to be added to the mean; they
-    // take in those of a
+    // sums: of `before` pixels the mean, the sum of squared distances from it, and what is to be added to the mean;
+    // they take in those of a
     void bottleneck_moments(const BottleneckPass& pass);
 
     // Fills in the floats.
     void bottleneck_depthwise_plan(BottleneckDepthwise& op);
-    // An item of one image: rows begin to end - 1 of y2, when rows of y1 below `staged` are in the ring; with affine2 it
-    // is relu6 of that which goes into y2. `first`: nothing is in the ring.
-    void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t item, int64_t staged, int64_t begin, int64_t end,
-                                   float* ring, float* scratch);
+    // An item of one image: rows begin to end - 1 of relu6(affine2 y2), when those rows of y1 below `staged` that they
+    // need are in the ring.
+    void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t item, int64_t staged, int64_t begin,
+                                   int64_t end, float* ring, float* scratch);
     // All rows of all images; items are blocks of channels.
     void bottleneck_depthwise_fwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch);
     void bottleneck_depthwise_bwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch);)

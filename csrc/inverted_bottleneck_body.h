@@ -2,8 +2,8 @@
 // convolution with the normalisation and the ReLU6 before it, forward and backward.
 //
 // Vectors of a pass run along that of pixels and channels which lies side by side. The depthwise convolution works on
-// rows of fp32 pixels in groups of W channels, [group][pixel][W], whichever way the maps lie; maps [.., channel, column]
-// are transposed when a row is read or written.
+// rows of fp32 pixels in groups of W channels, [group][pixel][W], whichever way the maps lie; maps [.., channel,
+// column] are transposed when a row is read or written.
 #pragma once
 
 #include "inverted_bottleneck.h"
@@ -16,6 +16,7 @@ namespace bottleneck {
 FUSEKERN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEKERN_INLINE int64_t groups(int64_t channels) { return (channels + W - 1) / W; }
 
+FUSEKERN_INLINE float total(V x) { return sum(x); }
 FUSEKERN_INLINE V relu6(V v) { return min(set1(6.f), max(zero(), v)); }  // NaN stays NaN
 
 // x where ReLU6 has a slope at v, as PyTorch has it: not at 0 and 6, but for NaN.
@@ -128,6 +129,13 @@ template <class F, class T, bool WHOLE>
 FUSEKERN_INLINE void across(const BottleneckPass& p, int lines, const T* const* a, const T* const* b, T* const* out,
                             int64_t start, int64_t c, int64_t count, float (*sums)[PIECE]) {
   const Lanes lanes = first(count - c);
+  // The lines after these: the jumps from one to the next are too far for the CPU to foresee.
+  if constexpr (WHOLE)
+    for (int i = 0; i < lines; ++i) {
+      prefetch(a[i] + c + LINES * p.a.column);
+      if constexpr (F::B) prefetch(b[i] + c + LINES * p.b.column);
+      if constexpr (F::OUT) prefetch(out[i] + c + LINES * p.out.column);
+    }
   V vectors[4], sum = zero(), product = zero();
 #pragma GCC unroll 4
   for (int i = 0; i < F::VECTORS; ++i) vectors[i] = read<WHOLE>(p.vectors[i] + start + c, lanes);
@@ -157,7 +165,7 @@ FUSEKERN_INLINE void along(const BottleneckPass& p, const T* a, const T* b, T* o
   int64_t n = 0;
   for (; n + W <= count; n += W) step.template operator()<true>(n);
   if (n < count) step.template operator()<false>(n);
-  if constexpr (F::SUMS) p.sums[0][channel] += fusekern::FUSEKERN_ISA::sum(sum), p.sums[1][channel] += fusekern::FUSEKERN_ISA::sum(product);
+  if constexpr (F::SUMS) p.sums[0][channel] += total(sum), p.sums[1][channel] += total(product);
 }
 
 template <class F, class T, bool ROWS>
@@ -204,8 +212,8 @@ static void pass(const BottleneckPass& p) {
 // ---- mean and squares ----------------------------------------------------------------------------------------------
 
 template <class T, bool WHOLE>
-FUSEKERN_INLINE void join_across(const T* const* a, int lines, int64_t c, int64_t count, const float* shifts, int64_t seen,
-                                 float* mean, float* squares) {
+FUSEKERN_INLINE void join_across(const T* const* a, int lines, int64_t c, int64_t count, const float* shifts,
+                                 int64_t seen, float* mean, float* squares) {
   const Lanes lanes = first(count - c);
   const V shift = read<WHOLE>(shifts + c, lanes);
   V total = zero(), apart = zero();
@@ -287,8 +295,8 @@ struct Block {
   int64_t c0, channels, n;  // first channel, how many, in how many groups
   int64_t k, pad, wide;     // wide: from one group of a row in the ring to the next, in floats
   float *scale1, *shift1, *mean1, *wd, *scale2, *shift2, *p, *q, *r, *mean2;
-  float *mean, *squares;    // or the sums of the backward
-  float* shift;             // mean is that of distances from it
+  float *mean, *squares;  // or the sums of the backward
+  float* shift;           // mean is that of distances from it
   float *dwd, *zeros, *line;
 
   // With null for `memory` only counts: returns floats.
@@ -309,7 +317,8 @@ struct Block {
   }
 
   void fill(float* to, const float* from) const {
-    for (int64_t c = 0; c < n * W; c += W) store(to + c, from == nullptr ? zero() : load(from + c0 + c, first(channels - c)));
+    for (int64_t c = 0; c < n * W; c += W)
+      store(to + c, from == nullptr ? zero() : load(from + c0 + c, first(channels - c)));
   }
 
   template <class T>
@@ -331,7 +340,8 @@ struct Block {
 
 // f(group, pixel, vectors) for a row of `width` pixels of M maps alike, read from the data given.
 template <class T, int M, class F>
-FUSEKERN_INLINE void each_in(const Block& block, bool rows, const Map& map, const T* const (&data)[M], int64_t width, F f) {
+FUSEKERN_INLINE void each_in(const Block& block, bool rows, const Map& map, const T* const (&data)[M], int64_t width,
+                             F f) {
   V values[M];
   if (rows) {
     const Lanes lanes = first(block.channels - (block.n - 1) * W);
@@ -434,8 +444,17 @@ static void forward_rows(const BottleneckDepthwise& op, const Block& block, int6
         rows[i] = from < 0 || from >= op.H ? block.zeros : ring + from % K * block.ring_row() + v * block.wide;
       }
       float* const line = block.line + v * op.w * W;
+      // While this is at work, the next row may come.
+      const T* const next = row_of<const T>(op.y1, b, staged, block.c0) + v * W * op.y1.channel;
+      const T* const into = row_of<const T>(op.y2, b, y, block.c0) + v * W * op.y2.channel;
       int64_t x = 0;
-      for (; x + 4 <= op.w; x += 4) filter<K, S, 4>(rows, x, phase, wd, line);
+      for (; x + 4 <= op.w; x += 4) {
+        if (op.rows)
+          for (int64_t i = x * S; i < (x + 4) * S; ++i) prefetch(next + i * op.y1.column);
+        if (op.rows)
+          for (int64_t i = x; i < x + 4; ++i) prefetch(into + i * op.y2.column);
+        filter<K, S, 4>(rows, x, phase, wd, line);
+      }
       for (; x < op.w; ++x) filter<K, S, 1>(rows, x, phase, wd, line);
       if (count) {
         if (b == 0 && y == 0) store(block.shift + v * W, load(line));
@@ -471,10 +490,11 @@ FUSEKERN_INLINE void forward(const BottleneckDepthwise& op, Rest&&... rest) {
     (op.stride == 1 ? forward_rows<T, 5, 1> : forward_rows<T, 5, 2>)(op, rest...);
 }
 
-// Gradients of N pixels side by side, which see K x K gradients of the result, and of the taps. In place of y1 stands d.
+// Gradients of N pixels side by side, which see K x K gradients of the result, and of the taps. In place of y1 stands
+// d.
 template <int K, int N>
-FUSEKERN_INLINE void filter_back(const float* const* rows, int64_t x, const V* wd, V* dwd, V scale, V shift, V mean, V* sums,
-                                 float* line) {
+FUSEKERN_INLINE void filter_back(const float* const* rows, int64_t x, const V* wd, V* dwd, V scale, V shift, V mean,
+                                 V* sums, float* line) {
   V d[N], a[N], v[N], y[N];
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
@@ -505,9 +525,9 @@ FUSEKERN_INLINE void filter_back(const float* const* rows, int64_t x, const V* w
 }
 
 // The same for one pixel of any stride; only what lies in the map counts, even if it is not a number.
-FUSEKERN_INLINE void filter_back_exactly(const BottleneckDepthwise& op, const Block& block, int64_t y, int64_t v, int64_t x,
-                                         const float* ring, const V* wd, V* dwd, V scale, V shift, V mean, V* sums,
-                                         float* line) {
+FUSEKERN_INLINE void filter_back_exactly(const BottleneckDepthwise& op, const Block& block, int64_t y, int64_t v,
+                                         int64_t x, const float* ring, const V* wd, V* dwd, V scale, V shift, V mean,
+                                         V* sums, float* line) {
   const int64_t K = op.k, S = op.stride;
   const V at = load(line + x * W), normal = fma(scale, at, shift), a = relu6(normal);
   V d = zero();
@@ -536,11 +556,12 @@ static void backward_image(const BottleneckDepthwise& op, const Block& block, in
   for (int64_t y = 0; y < op.H; ++y) {
     for (; staged < least(op.h, (y + pad) / op.stride + 1); ++staged) {
       float* const to = ring + staged % K * block.ring_row();
-      const T* const from[2] = {row_of<const T>(op.dz, b, staged, block.c0), row_of<const T>(op.y2, b, staged, block.c0)};
+      const T* const from[2] = {row_of<const T>(op.dz, b, staged, block.c0),
+                                row_of<const T>(op.y2, b, staged, block.c0)};
       each_in(block, op.rows, op.y2, from, op.w, [&](int64_t v, int64_t x, const V* values) {
         const auto at = [&](const float* vector) { return load(vector + v * W); };
-        store(to + v * block.wide + (x + pad) * W, through_norm(at(block.p), at(block.q), at(block.r), at(block.mean2),
-                                                                values[0], values[1]));
+        store(to + v * block.wide + (x + pad) * W,
+              through_norm(at(block.p), at(block.q), at(block.r), at(block.mean2), values[0], values[1]));
       });
     }
     const T* const from[1] = {row_of<const T>(op.y1, b, y, block.c0)};
@@ -561,8 +582,17 @@ static void backward_image(const BottleneckDepthwise& op, const Block& block, in
           const int64_t at = y + i - pad;
           rows[i] = at < 0 || at >= op.h ? block.zeros : ring + at % K * block.ring_row() + v * block.wide;
         }
+        // While this is at work, the next rows may come, and the lines that it goes into.
+        const auto group = [&](const Map& map, int64_t row) {
+          return row_of<const T>(map, b, row, block.c0) + v * W * map.channel;
+        };
+        const T* const next[] = {group(op.dz, staged), group(op.y2, staged), group(op.y1, y + 1), group(op.d, y)};
         int64_t x = 0;
-        for (; x + 2 <= op.W; x += 2) filter_back<K, 2>(rows, x, wd, dwd, scale, shift, mean, sums, line);
+        for (; x + 2 <= op.W; x += 2) {
+          if (op.rows)
+            for (const T* from : next) prefetch(from + x * op.y1.column), prefetch(from + (x + 1) * op.y1.column);
+          filter_back<K, 2>(rows, x, wd, dwd, scale, shift, mean, sums, line);
+        }
         if (x < op.W) filter_back<K, 1>(rows, x, wd, dwd, scale, shift, mean, sums, line);
       }
 #pragma GCC unroll 25
@@ -658,12 +688,14 @@ void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t item, int6
 
 void bottleneck_depthwise_fwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch) {
   for (int64_t item = begin; item < end; ++item)
-    (op.bf16 ? bottleneck::forward_all<bf16> : bottleneck::forward_all<float>)(op, item, scratch + op.scratch_floats, scratch);
+    (op.bf16 ? bottleneck::forward_all<bf16> : bottleneck::forward_all<float>)(op, item, scratch + op.scratch_floats,
+                                                                               scratch);
 }
 
 void bottleneck_depthwise_bwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch) {
   for (int64_t item = begin; item < end; ++item)
-    (op.bf16 ? bottleneck::backward<bf16> : bottleneck::backward<float>)(op, item, scratch + op.scratch_floats, scratch);
+    (op.bf16 ? bottleneck::backward<bf16> : bottleneck::backward<float>)(op, item, scratch + op.scratch_floats,
+                                                                         scratch);
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

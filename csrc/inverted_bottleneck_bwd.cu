@@ -6,7 +6,7 @@ namespace fusekern::dw {
 namespace {
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     backward_kernel(const T* __restrict__ dz, const T* __restrict__ y2, const float* __restrict__ coef,
                     const T* __restrict__ y1, const float* __restrict__ affine, const float* __restrict__ mean,
                     const T* __restrict__ weight, T* __restrict__ d, float* __restrict__ partial, Grid grid) {
@@ -36,8 +36,15 @@ __global__ void __launch_bounds__(Tile::THREADS)
 
   for (int i = part * grid.run; i < min((part + 1) * grid.run, grid.tiles); ++i) {
     const Place at = place_of<Tile>(i, grid.tiles_down, grid.tiles_across);
+    const int row = at.row / Tile::S + Tile::START, column = at.column / Tile::S + Tile::START;
+    const int64_t start = grid.source.offset(Tile::LAST, at.image, block, row, column);
+    const T* const from_dz = dz + start;
+    const T* const from_y2 = y2 + start;
+    struct Loaded {
+      Pack<T, Tile::VECTOR> dz, y2;
+    };
     stage<Tile>(
-        source, grid.source, at.image, block, at.row / Tile::S + Tile::START, at.column / Tile::S + Tile::START,
+        source, grid.source, block, row, column,
         [&](int c) {
           PerChannel<Tile, 4> numbers(anew(coef), c, E);
           if constexpr (!CENTRED)
@@ -45,22 +52,30 @@ __global__ void __launch_bounds__(Tile::THREADS)
             for (int n = 0; n < numbers.N; ++n) numbers.values[2][n] -= numbers.values[1][n] * numbers.values[3][n];
           return numbers;
         },
-        [&]<bool WIDE>(const PerChannel<Tile, 4>& numbers, int64_t offset, int n) {
-          auto pack = load<WIDE, T, Tile::VECTOR>(dz + offset, n);
-          const auto other = load<WIDE, T, Tile::VECTOR>(y2 + offset, n);
+        [&]<bool WIDE>(int offset, int n) {
+          return Loaded{load<WIDE, T, Tile::VECTOR>(from_dz + offset, n),
+                        load<WIDE, T, Tile::VECTOR>(from_y2 + offset, n)};
+        },
+        [&](const PerChannel<Tile, 4>& numbers, Loaded loaded, int n) {
+          float v[Tile::VECTOR], y[Tile::VECTOR];
+          read(loaded.dz.values, v);
+          read(loaded.y2.values, y);
 #pragma unroll
-          for (int v = 0; v < Tile::VECTOR; ++v)
-            pack.values[v] = v < n ? T(norm_gradient(static_cast<float>(pack.values[v]),
-                                                     static_cast<float>(other.values[v]), numbers.get(0, v),
-                                                     numbers.get(1, v), numbers.get(2, v),
-                                                     CENTRED ? numbers.get(3, v) : 0.f))
-                                   : T(0.f);
-          return pack;
+          for (int i = 0; i < Tile::VECTOR; ++i)
+            v[i] = Tile::LAST || i < n ? norm_gradient(v[i], y[i], numbers.get(0, i), numbers.get(1, i),
+                                                       numbers.get(2, i), CENTRED ? numbers.get(3, i) : 0.f)
+                                       : 0.f;
+          round(v, loaded.dz);
+          return loaded.dz;
         });
-    for_vectors<Tile>(grid.target, at.image, block, at.row, at.column, [&]<bool WIDE>(int place, int64_t offset, int n) {
-      *reinterpret_cast<Pack<T, Tile::VECTOR>*>(tile + place) =
-          load<WIDE, T, Tile::VECTOR>(y1 + offset, n);
-    });
+    const int64_t target = grid.target.offset(Tile::LAST, at.image, block, at.row, at.column);
+    const T* const from = y1 + target;
+    for_vectors<Tile>(
+        grid.target, block, at.row, at.column,
+        [&]<bool WIDE>(int place, int offset, int n) {
+          *reinterpret_cast<Pack<T, Tile::VECTOR>*>(tile + place) = load<WIDE, T, Tile::VECTOR>(from + offset, n);
+        },
+        [&](int place) { *reinterpret_cast<Pack<T, Tile::VECTOR>*>(tile + place) = {}; });
     __syncthreads();
     const int rows = grid.target.rows - at.row, columns = grid.target.columns - at.column - strip;
     float w[Tile::K][Tile::K][V];
@@ -77,27 +92,30 @@ __global__ void __launch_bounds__(Tile::THREADS)
               a[p][v] = row < rows && p < columns ? relu6(scale[v] * a[p][v] + shift[v]) : 0.f;
           }
         },
-        [&](int row, float(&g)[P][V]) {
+        // Beyond the map a is 0: no gradient passes, and nothing is added.
+        [&](int row, float(&g)[P][V], const float(&a)[P][V]) {
 #pragma unroll
           for (int p = 0; p < P; ++p) {
             float y[V];
             read(mine + row * Tile::ROW + p * Tile::COLUMN, y);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              g[p][v] = passes(scale[v] * y[v] + shift[v]) ? g[p][v] : 0.f;
-              const float counted = row < rows && p < columns ? g[p][v] : 0.f;
-              sum[v] += counted;
-              product[v] += row < rows && p < columns ? counted * (y[v] - middle[v]) : 0.f;
+              g[p][v] = passes(a[p][v]) ? g[p][v] : 0.f;
+              sum[v] += g[p][v];
+              product[v] += g[p][v] * (y[v] - middle[v]);
             }
             write(mine + row * Tile::ROW + p * Tile::COLUMN, g[p]);
           }
         });
     __syncthreads();
-    for_vectors<Tile>(grid.target, at.image, block, at.row, at.column, [&]<bool WIDE>(int place, int64_t offset, int n) {
-      store<WIDE>(d + offset, *reinterpret_cast<const Pack<T, Tile::VECTOR>*>(tile + place), n);
-    });
-    // The next tile overwrites what the threads have just read.
-    __syncthreads();
+    T* const to = d + target;
+    for_vectors<Tile>(
+        grid.target, block, at.row, at.column,
+        [&]<bool WIDE>(int place, int offset, int n) {
+          store<WIDE>(to + offset, *reinterpret_cast<const Pack<T, Tile::VECTOR>*>(tile + place), n);
+        },
+        [](int) {});
+    // No barrier: the next tile's vectors take the places that the same threads have just read.
   }
 
   float* const sums = reinterpret_cast<float*>(memory);

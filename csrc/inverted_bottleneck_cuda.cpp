@@ -24,8 +24,9 @@ using torch::stable::Tensor;
 void check(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape,
            ScalarType dtype) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has another dtype than it must have");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), t.sizes().begin()),
-                  name, " has a shape that does not fit those of the other tensors");
+  const bool fits = t.dim() == static_cast<int64_t>(shape.size()) &&
+                    std::equal(shape.begin(), shape.end(), t.sizes().begin());
+  STD_TORCH_CHECK(fits, name, " has a shape that does not fit those of the other tensors");
   STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cuda(), name, " is on another device");
 }
 
@@ -47,12 +48,15 @@ bool lies(const Tensor& t, bool channels_last) {
 // The problem, and whatever all tensors have to do with it: `wide` is y1 or d, `narrow` y2 or dz.
 dw::Problem problem_of(const Tensor& y1, const Tensor& y2, const Tensor& weight, int64_t stride,
                        std::initializer_list<const Tensor*> wide, std::initializer_list<const Tensor*> narrow) {
-  STD_TORCH_CHECK(y1.dim() == 4 && y2.dim() == 4 && weight.dim() == 3, "y1 and y2 must be [B, E, H, W], weight [E, k, k]");
+  STD_TORCH_CHECK(y1.dim() == 4 && y2.dim() == 4 && weight.dim() == 3,
+                  "y1 and y2 must be [B, E, H, W], weight [E, k, k]");
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2");
   const int64_t B = y1.size(0), E = y1.size(1), H = y1.size(2), W = y1.size(3), K = weight.size(1);
   STD_TORCH_CHECK(K == 3 || K == 5, "the kernel's size must be 3 or 5");
   STD_TORCH_CHECK(B * E * H * W > 0, "y1 is empty");
-  STD_TORCH_CHECK(std::max({B, E, H, W}) <= std::numeric_limits<int32_t>::max() / 64, "y1 is too large");
+  STD_TORCH_CHECK(B <= std::numeric_limits<int32_t>::max(), "y1 is too large");
+  // Within a tile offsets have 32 bits.
+  STD_TORCH_CHECK(64 * W * std::max(E, H) <= std::numeric_limits<int32_t>::max(), "y1 is too large");
   const int64_t h = (H - 1) / stride + 1, w = (W - 1) / stride + 1;
   const ScalarType dtype = y1.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -88,19 +92,20 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-void bn_relu6_dw_fwd(const Tensor& y1,      // [B, E, H, W]
-                     const Tensor& affine,  // [2, E]
-                     const Tensor& weight,  // [E, k, k]
+void bn_relu6_dw_fwd(const Tensor& y1,                     // [B, E, H, W]
+                     const std::optional<Tensor>& affine,  // [2, E], or none: then y1 is relu6(v1) already
+                     const Tensor& weight,                 // [E, k, k]
                      int64_t stride,
                      Tensor y2,                      // [B, E, h, w]
                      std::optional<Tensor> stats) {  // [2, E]
   const dw::Problem problem = problem_of(y1, y2, weight, stride, {&y1}, {&y2});
-  check_dense("affine", affine, y1, {2, problem.E}, ScalarType::Float);
+  if (affine) check_dense("affine", *affine, y1, {2, problem.E}, ScalarType::Float);
   if (stats) check_dense("stats", *stats, y1, {2, problem.E}, ScalarType::Float);
   const torch::stable::accelerator::DeviceGuard device(y1.get_device_index());
   std::optional<Tensor> partial;
-  if (stats) partial = working_memory(affine, dw::forward_parts(problem), 3, problem.E);
-  const dw::Forward tensors{y1.data_ptr(), data<const float>(affine), weight.data_ptr(), y2.data_ptr(),
+  if (stats) partial = working_memory(*stats, dw::forward_parts(problem), 3, problem.E);
+  const dw::Forward tensors{y1.data_ptr(),   affine ? data<const float>(*affine) : nullptr,
+                            weight.data_ptr(), y2.data_ptr(),
                             stats ? data<float>(*partial) : nullptr, stats ? data<float>(*stats) : nullptr};
   const char* error = dw::launch(problem, tensors, current_stream(y1));
   STD_TORCH_CHECK(!error, "bn_relu6_dw_fwd: ", error ? error : "");
@@ -136,7 +141,9 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cuda, m) {
-  m.def("bn_relu6_dw_fwd(Tensor y1, Tensor affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats) -> ()");
+  m.def(
+      "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats) "
+      "-> ()");
   m.def(
       "bn_relu6_dw_bwd(Tensor dz, Tensor y2, Tensor coef, Tensor y1, Tensor affine, Tensor mean, Tensor weight, "
       "int stride, Tensor(a!) d, Tensor(b!) dweight, Tensor(c!) sums) -> ()");

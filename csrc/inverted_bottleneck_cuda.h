@@ -23,7 +23,7 @@ int backward_parts(const Problem& problem);
 
 struct Forward {
   const void* y1;       // [B, E, H, W]
-  const float* affine;  // [2, E]
+  const float* affine;  // [2, E], or none: then y1 is relu6(v1) already
   const void* weight;   // [E, K, K]
   void* y2;             // [B, E, h, w]
   float* partial;       // [parts, 3, E], or none

@@ -6,7 +6,7 @@ namespace fusekern::dw {
 namespace {
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     forward_kernel(const T* __restrict__ y1, const float* __restrict__ affine, const T* __restrict__ weight,
                    T* __restrict__ y2, float* __restrict__ partial, Grid grid) {
   constexpr int V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T), TILE = Tile::SIZE * sizeof(T);
@@ -26,16 +26,22 @@ __global__ void __launch_bounds__(Tile::THREADS)
 
   for (int i = part * grid.run; i < min((part + 1) * grid.run, grid.tiles); ++i) {
     const Place at = place_of<Tile>(i, grid.tiles_down, grid.tiles_across);
+    const int row = at.row * Tile::S + Tile::START, column = at.column * Tile::S + Tile::START;
+    const T* const from = y1 + grid.source.offset(Tile::LAST, at.image, block, row, column);
     stage<Tile>(
-        source, grid.source, at.image, block, at.row * Tile::S + Tile::START, at.column * Tile::S + Tile::START,
-        [&](int c) { return PerChannel<Tile, 2>(anew(affine), c, E); },
-        [&]<bool WIDE>(const PerChannel<Tile, 2>& numbers, int64_t offset, int n) {
-          auto pack = load<WIDE, T, Tile::VECTOR>(y1 + offset, n);
-          // A halo beyond the image is zero, whatever the shift.
+        source, grid.source, block, row, column,
+        [&](int c) { return PerChannel<Tile, 2>(anew(affine), c, affine ? E : 0); },
+        [&]<bool WIDE>(int offset, int n) { return load<WIDE, T, Tile::VECTOR>(from + offset, n); },
+        [&](const PerChannel<Tile, 2>& numbers, Pack<T, Tile::VECTOR> pack, int n) {
+          if (affine) {
+            float v[Tile::VECTOR];
+            read(pack.values, v);
 #pragma unroll
-          for (int v = 0; v < Tile::VECTOR; ++v)
-            pack.values[v] =
-                v < n ? T(relu6(numbers.get(0, v) * static_cast<float>(pack.values[v]) + numbers.get(1, v))) : T(0.f);
+            for (int i = 0; i < Tile::VECTOR; ++i)
+              v[i] = Tile::LAST || i < n ? numbers.get(0, i) * v[i] + numbers.get(1, i) : 0.f;
+            round(v, pack);
+            relu6(pack);
+          }
           return pack;
         });
     __syncthreads();
@@ -59,9 +65,13 @@ __global__ void __launch_bounds__(Tile::THREADS)
     });
     count += max(0, min(P, columns)) * min(Tile::ROWS, rows);
     __syncthreads();
-    for_vectors<Tile>(grid.target, at.image, block, at.row, at.column, [&]<bool WIDE>(int place, int64_t offset, int n) {
-      store<WIDE>(y2 + offset, *reinterpret_cast<const Pack<T, Tile::VECTOR>*>(tile + place), n);
-    });
+    T* const to = y2 + grid.target.offset(Tile::LAST, at.image, block, at.row, at.column);
+    for_vectors<Tile>(
+        grid.target, block, at.row, at.column,
+        [&]<bool WIDE>(int place, int offset, int n) {
+          store<WIDE>(to + offset, *reinterpret_cast<const Pack<T, Tile::VECTOR>*>(tile + place), n);
+        },
+        [](int) {});
   }
   if (!partial) return;
 
@@ -85,8 +95,10 @@ __global__ void __launch_bounds__(Tile::THREADS)
     __syncthreads();
     if (Tile::strip(thread) < half) {
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        mine[v] = merge(mine[v], {moments[3 * (place + v)], moments[3 * (place + v) + 1], moments[3 * (place + v) + 2]});
+      for (int v = 0; v < V; ++v) {
+        const float* const other = moments + 3 * (place + v);
+        mine[v] = merge(mine[v], {other[0], other[1], other[2]});
+      }
     }
   }
   if (Tile::strip(thread) == 0) {

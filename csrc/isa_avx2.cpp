@@ -6,6 +6,7 @@
 #include "conv2former_body.h"
 #include "former2conv_body.h"
 #include "inverted_bottleneck_body.h"
+#include "inverted_bottleneck_product.h"
 #include "score_map_body.h"
 
 #endif

@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusekern.backends import register, resolve
+from fusekern.backends import BACKENDS, register, resolve
 from fusekern.ops._batch_norm import Norm, affine_of, backward_of, moments_of
 from fusekern.ops._check import check_alike, check_choice, check_shape
 from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
-from fusekern.ops._limits import cpp_dtypes
+from fusekern.ops._limits import cpp_dtypes, triton_dtypes
 
 MEMORY = ("default", "low")
 
@@ -278,17 +278,25 @@ _inverted_bottleneck.register_autograd(_backward, setup_context=_setup_context)
 _inverted_bottleneck_backward.register_autograd(no_second_derivative("inverted_bottleneck"))
 
 
-def _known_sizes(backend_dtypes):
+def _known_sizes(others):
     def why_not(image, expand, depthwise, project, norms, stride, group):
         size = depthwise.shape[2]
         kernel = [] if size in (3, 5) else [f"a {size}x{size} kernel, it takes 3x3 and 5x5"]
         steps = [] if stride in (1, 2) else [f"stride {stride}, it takes 1 and 2"]
-        return [*backend_dtypes(image), *kernel, *steps]
+        return [*others(image, expand), *kernel, *steps]
 
     return why_not
 
 
+def _cuda(image, expand, *rest):
+    # The depthwise stages are CUDA, the pointwise ones Triton.
+    height, width = image.shape[2:]
+    large = ["rows too long for its offsets"] if 64 * width * max(expand.shape[0], height) >= 2**31 else []
+    return [*filter(None, [BACKENDS["triton"].missing]), *triton_dtypes(image), *large]
+
+
 register("inverted_bottleneck", "cpp", _known_sizes(cpp_dtypes))
+register("inverted_bottleneck", "cuda", _known_sizes(_cuda))
 
 
 def inverted_bottleneck(

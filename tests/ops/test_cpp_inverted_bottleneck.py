@@ -297,9 +297,10 @@ def check(name: str, arguments: tuple, results: tuple[Tensor, ...], dtype: torch
             assert excess.max() <= 1e-30, f"{name}, result {i}: {excess.max()} too far off"
             continue
         wrong = check_parity(result, [peer[i] for peer in of_torch], truth[i], gradient=name in GRADIENTS)
-        if wrong and result.numel() < 64:  # among so few peers can all be lucky
+        if wrong and (result.numel() < 64 or name in GRADIENTS):
+            # All of so few peers can be lucky; sums over pixels of one sign lose more, the more of them are in a row.
             nearest = torch.finfo(dtype).eps * (truth[i].abs().max() + 0.3)
-            wrong = [] if (result - truth[i]).abs().max() <= 4 * nearest else wrong
+            wrong = [] if (result - truth[i]).abs().max() <= (4 if result.numel() < 64 else 12) * nearest else wrong
         assert not wrong, f"{name}, result {i}: {'; '.join(wrong)}"
 
 

@@ -1,5 +1,6 @@
 // CUDA as far as csrc/*.cu needs it, on a CPU: the threads of a block are fibers, which take turns from barrier to
-// barrier, and blocks run one after the other. In the place of CUDA's own header when the tests compile a .cu file as C++.
+// barrier, and blocks run one after the other. In the place of CUDA's own header when the tests compile a .cu file as
+// C++.
 #pragma once
 
 #include <setjmp.h>
@@ -79,7 +80,9 @@ inline void run_block(dim3 threads) {
     fiber.started = fiber.done = false;
     makecontext(&fiber.context, enter, 0);
   }
-  for (volatile bool running = true; running;) {
+  // What changes between a _setjmp and its _longjmp must be volatile.
+  volatile bool running = true;
+  while (running) {
     running = false;
     for (volatile std::size_t i = 0; i < count; i = i + 1) {
       current = &fibers[reversed ? count - 1 - i : i];

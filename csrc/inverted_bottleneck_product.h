@@ -1,0 +1,144 @@
+// Products of fp32 matrices, for the bodies: c [rows][columns] (+)= a [rows][terms] b [terms][columns].
+//
+// A panel of b, two vectors wide, is copied together and stays in the cache while all rows of a, which may have any
+// strides, are multiplied with it. Each sum runs in one order, whatever the sizes around it.
+#pragma once
+
+#include "inverted_bottleneck.h"
+#include "simd.h"
+
+namespace fusekern::FUSEKERN_ISA {
+
+namespace product {
+
+constexpr int TALLEST = W == 16 ? 12 : 6;  // rows whose sums fill the registers
+constexpr int64_t TERMS = 512;             // of a panel: no more of it would stay in the cache
+
+constexpr int LINE = 16;  // floats
+
+// Lines to bring into the cache, `length` side by side and then the next row of them.
+struct Ahead {
+  const float* at;
+  int64_t left, length, skip, done;
+
+  FUSEKERN_INLINE void fetch(Ahead& ahead) {
+    if (ahead.left == 0) return;
+    prefetch(ahead.at);
+    ahead.at += LINE, --ahead.left;
+    if (++ahead.done == ahead.length) ahead.done = 0, ahead.at += ahead.skip;
+  }
+};
+
+// Between the terms a line of what is needed next is fetched now and then: it may lie far away.
+template <int M, int N>
+static void tile(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, int64_t terms,
+                 Lanes last, bool add, Ahead ahead) {
+  constexpr int64_t EACH = 8;
+  V sums[M][N];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sums[m][n] = zero();
+  for (int m = 0; m < M; ++m) prefetch(c + m * ldc), prefetch(c + m * ldc + (N - 1) * W);
+  const float *a4 = a + 4 * row, *a8 = a + 8 * row;
+  for (int64_t i = 0; i < terms; i += EACH) {
+    Ahead::fetch(ahead);
+    for (int64_t end = i + EACH < terms ? i + EACH : terms, j = i; j < end; ++j, b += 2 * W) {
+      V values[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) values[n] = load(b + n * W);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const V factor = set1((m < 4 ? a : m < 8 ? a4 : a8)[m % 4 * row]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, values[n], sums[m][n]);
+      }
+      a += step, a4 += step, a8 += step;
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      float* const to = c + m * ldc + n * W;
+      if (n < N - 1)
+        store(to, add ? load(to) + sums[m][n] : sums[m][n]);
+      else
+        store(to, add ? load(to, last) + sums[m][n] : sums[m][n], last);
+    }
+}
+
+template <int M, int N, class... Rest>
+FUSEKERN_INLINE void tile_of(int64_t rows, Rest... rest) {
+  if constexpr (M > 1)
+    if (rows < M) return tile_of<M - 1, N>(rows, rest...);
+  tile<M, N>(rest...);
+}
+
+// Terms `begin` to `end` of the columns of a panel, with zeros beyond the last.
+static void pack(const BottleneckProduct& p, int64_t column, int64_t columns, int64_t begin, int64_t end, float* to) {
+  const float* const from = p.b + column * p.b_column;
+  const Lanes low = first(columns), high = first(columns - W);
+  if (p.b_column == 1) {
+    for (int64_t i = begin; i < end; ++i, to += 2 * W) {
+      const float* const row = from + i * p.b_term;
+      store(to, load(row, low)), store(to + W, load(row + W, high));
+    }
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += W)
+    for (int64_t i = begin; i < end; i += W) {
+      V block[W];
+      for (int k = 0; k < W; ++k)
+        block[k] = j + k >= columns ? zero() : load(from + (j + k) * p.b_column + i * p.b_term, first(end - i));
+      transpose(block);
+      for (int64_t k = 0; k < W && i + k < end; ++k) store(to + (i - begin + k) * 2 * W + j, block[k]);
+    }
+}
+
+// A share of the next panel.
+static Ahead ahead_of(const BottleneckProduct& p, int64_t column, int64_t begin, int64_t end, int64_t part,
+                      int64_t parts) {
+  const int64_t terms = end - begin, columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
+  if (columns <= 0) return {p.b, 0, 1, 0, 0};
+  const bool rows_are_terms = p.b_column == 1;
+  const int64_t rows = rows_are_terms ? terms : columns, row = rows_are_terms ? p.b_term : p.b_column;
+  const int64_t length = ((rows_are_terms ? columns : terms) + LINE - 1) / LINE;
+  const int64_t from = rows * part / parts, to = rows * (part + 1) / parts;
+  return {p.b + column * p.b_column + begin * p.b_term + from * row, (to - from) * length, length, row - length * LINE,
+          0};
+}
+
+}  // namespace product
+
+int64_t bottleneck_product_floats() { return 2 * W * product::TERMS; }
+
+void bottleneck_product(const BottleneckProduct& p, float* packed) {
+  using namespace product;
+  int64_t begin = 0;
+  for (int64_t blocks = (p.terms + TERMS - 1) / TERMS; blocks > 0; --blocks) {
+    const int64_t end = begin + (p.terms - begin + blocks - 1) / blocks;
+    const bool add = p.add || begin > 0;
+    for (int64_t column = 0; column < p.columns; column += 2 * W) {
+      const int64_t columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
+      pack(p, column, columns, begin, end, packed);
+      const float* a = p.a + begin * p.a_term;
+      float* c = p.c + column;
+      // Even parts: with few rows each sum would wait for itself.
+      const int64_t parts = (p.rows + TALLEST - 1) / TALLEST;
+      for (int64_t part = 0, rows = p.rows; part < parts; ++part) {
+        const int64_t some = (rows + parts - part - 1) / (parts - part);
+        const Ahead ahead = ahead_of(p, column + 2 * W, begin, end, part, parts);
+        if (columns > W)
+          tile_of<TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W), add,
+                              ahead);
+        else
+          tile_of<TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), add, ahead);
+        a += some * p.a_row, c += some * p.c_row, rows -= some;
+      }
+    }
+    begin = end;
+  }
+}
+
+}  // namespace fusekern::FUSEKERN_ISA

@@ -1,0 +1,416 @@
+"""The Triton stages of inverted_bottleneck, judged against float64. The depthwise stages are CUDA: see
+test_cuda_tiles.py; where they are needed here without a device, a stand-in takes their place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusekern.kernels import inverted_bottleneck as kernels
+from torch import Tensor
+from where import DEVICE, DTYPES, INTERPRETED
+
+from fusekern import extensions
+from fusekern.testing import assert_parity
+
+CL, NCHW = "channels_last", "nchw"
+# batch, channels in, hidden, out, height, width, layout
+CASES = [
+    (1, 1, 1, 1, 1, 1, NCHW),
+    (2, 16, 32, 16, 5, 7, CL),
+    (3, 20, 70, 24, 3, 4, CL),
+    (2, 16, 40, 17, 9, 11, NCHW),
+    (1, 64, 144, 64, 12, 13, CL),
+    (4, 32, 16, 48, 1, 1, CL),
+]
+ODD = ["sliced", "cropped", "expanded", "permuted", NCHW, CL]
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> None:
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def lay_out(layout: str, image: Tensor) -> Tensor:
+    if layout == CL:
+        return image.to(memory_format=torch.channels_last)
+    if layout == "sliced":  # NaN around it, so that a read outside shows
+        larger = image.new_full([size + 3 for size in image.shape], float("nan"))
+        return larger[tuple(slice(1, 1 + size) for size in image.shape)].copy_(image)
+    if layout == "cropped":  # the same of a channels_last map
+        larger = image.new_full([size + 2 * (i > 1) for i, size in enumerate(image.shape)], float("nan"))
+        larger = larger.to(memory_format=torch.channels_last)
+        return larger[:, :, 1:-1, 1:-1].copy_(image)
+    if layout == "permuted":
+        return image.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if layout == "expanded":
+        return image[:1].expand_as(image)
+    return image
+
+
+def guarded(like: Tensor) -> Tensor:
+    """A tensor full of NaN with the strides of a dense one, with 7 before and behind it."""
+    memory = like.new_full((like.numel() + 256,), 7)
+    return memory[128:-128].as_strided(like.shape, like.stride(), 128).fill_(float("nan"))
+
+
+def assert_guarded(tensor: Tensor) -> None:
+    memory = tensor.as_strided((tensor.numel() + 256,), (1,), 0)
+    assert (memory[:128] == 7).all() and (memory[-128:] == 7).all()
+
+
+class Block:
+    """Random tensors of a block, and the stages' outputs in a precision, as PyTorch rounds them."""
+
+    def __init__(self, case, dtype: torch.dtype, offset: float = 0.5) -> None:
+        batch, channels, hidden, out, height, width, self.layout = case
+        self.dtype, size = dtype, (height, width)
+
+        def image(c: int, shift: float = 0.0) -> Tensor:
+            y = torch.randn(batch, c, *size, device=DEVICE) + shift * torch.randn(c, 1, 1, device=DEVICE)
+            return lay_out(self.layout, y.to(dtype))
+
+        def vector(*shape: int) -> Tensor:
+            return torch.randn(shape, device=DEVICE)
+
+        self.x = image(channels, offset)
+        self.g = image(out)
+        self.d = image(hidden)
+        self.w1 = (vector(hidden, channels) / channels**0.5).to(dtype)
+        self.w3 = (vector(out, hidden) / hidden**0.5).to(dtype)
+        self.y1 = lay_out(self.layout, torch.einsum("bchw,ec->behw", self.x.float(), self.w1.float()).to(dtype))
+        self.y2, self.y3 = image(hidden, offset), image(out, offset)
+        self.affine2 = torch.stack([2 + vector(hidden) / 2, 2 + vector(hidden)])
+        self.affine3 = vector(2, out)
+        self.mean2, self.mean3 = (y.float().mean((0, 2, 3)) for y in (self.y2, self.y3))
+        self.coef3 = torch.stack([vector(out), vector(out) / 4, vector(out) / 8, self.mean3])
+        # As batch norm has it: the gradient has no part along 1 and y1.
+        self.coef1 = self.batch_norm_coef(vector(hidden))
+        self.wide = hidden
+
+    def batch_norm_coef(self, weight: Tensor) -> Tensor:
+        y, d = self.y1.double(), self.d.double()
+        mean = y.mean((0, 2, 3))
+        centred = y - mean[:, None, None]
+        scale = weight.double() / (centred.square().mean((0, 2, 3)) + 1e-3).sqrt()
+        q = -scale * (d * centred).mean((0, 2, 3)) / (centred.square().mean((0, 2, 3)) + 1e-3)
+        return torch.stack([scale, q, -scale * d.mean((0, 2, 3)), mean]).float()
+
+    def like(self, channels: int) -> Tensor:
+        batch, _, height, width = self.x.shape
+        return lay_out(self.layout, torch.empty(batch, channels, height, width, dtype=self.dtype, device=DEVICE))
+
+
+def per_channel(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    return vectors.to(torch.promote_types(dtype, torch.float32))[..., None, None]
+
+
+def affine(y: Tensor, vectors: Tensor) -> Tensor:
+    """In y's dtype, computed as wide as PyTorch computes a norm."""
+    scale, shift = per_channel(vectors, y.dtype)
+    return (scale * y + shift).to(y.dtype)
+
+
+def norm_gradient(dv: Tensor, y: Tensor, coef: Tensor) -> Tensor:
+    p, q, r, mean = per_channel(coef, dv.dtype)
+    return (p * dv + q * (y - mean) + r).to(dv.dtype)
+
+
+def pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None])
+
+
+def rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def assert_stats(stats: Tensor, y: Tensor, dtype: torch.dtype) -> None:
+    eps = 2.0**-20 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    mean = y.mean((0, 2, 3))
+    m2 = (y - mean[:, None, None]).square().sum((0, 2, 3))
+    largest = y.abs().amax()
+    assert ((stats[0] - mean).abs() <= eps * largest).all()
+    assert ((stats[1] - m2).abs() <= eps * (4 * m2 + largest**2)).all()
+
+
+def assert_sums(sums: Tensor, dv: Tensor, y: Tensor, mean: Tensor, dtype: torch.dtype) -> None:
+    eps = 2.0**-19 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for found, terms in zip(sums, (dv, dv * (y.double() - mean.double()[:, None, None])), strict=True):
+        scale = terms.abs().sum((0, 2, 3))
+        assert ((found - terms.sum((0, 2, 3))).abs() <= eps * (scale + scale.mean())).all()
+
+
+def exact(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expand_fwd(case, dtype):
+    block = Block(case, dtype, offset=20)
+    y1, stats = guarded(block.like(block.wide)), torch.empty(2, block.wide, device=DEVICE)
+    kernels.inverted_bottleneck_expand_fwd(block.x, block.w1, y1, stats)
+    assert_guarded(y1)
+    truth = pointwise(*exact(block.x, block.w1))
+    assert_parity(y1, [pointwise(block.x, block.w1)], truth)
+    assert_stats(stats, truth, dtype)
+    again = torch.empty_like(y1)
+    kernels.inverted_bottleneck_expand_fwd(block.x, block.w1, again, None)
+    assert torch.equal(again, y1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_project_fwd(case, dtype):
+    block = Block(case, dtype)
+    y3, stats = guarded(torch.empty_like(block.y3)), torch.empty(2, len(block.w3), device=DEVICE)
+    kernels.inverted_bottleneck_project_fwd(block.y2, block.affine2, block.w3, y3, stats)
+    assert_guarded(y3)
+    truth = pointwise(F.relu6(affine(block.y2.double(), block.affine2)), block.w3.double())
+    assert_parity(y3, [pointwise(F.relu6(affine(block.y2, block.affine2)), block.w3)], truth)
+    assert_stats(stats, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_residual_fwd(case, residual, dtype):
+    block = Block(case, dtype)
+    out, x = guarded(torch.empty_like(block.y3)), block.g if residual else None
+    kernels.inverted_bottleneck_residual_fwd(block.y3, block.affine3, x, out)
+    assert_guarded(out)
+    truth, peer = affine(block.y3.double(), block.affine3), affine(block.y3, block.affine3)
+    assert_parity(out, [peer + x if residual else peer], truth + x.double() if residual else truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_bwd(case, dtype):
+    block = Block(case, dtype)
+    sums = torch.empty(2, len(block.w3), device=DEVICE)
+    kernels.inverted_bottleneck_output_bwd(block.g, block.y3, block.mean3, sums)
+    assert_sums(sums, block.g.double(), block.y3, block.mean3, torch.float32)
+
+
+def project_bwd(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    g, y3, y2, w3 = (tensor.to(dtype) for tensor in (block.g, block.y3, block.y2, block.w3))
+    dy3, v2 = norm_gradient(g, y3, block.coef3), affine(y2, block.affine2)
+    wide = affine(block.y2.double(), block.affine2)
+    dz = F.conv2d(dy3, w3.t()[:, :, None, None]) * ((wide > 0) & (wide < 6))
+    return dz, rows(dy3).t() @ rows(F.relu6(v2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_project_bwd(case, dtype):
+    block = Block(case, dtype)
+    dz, dw3 = guarded(torch.empty_like(block.y2)), guarded(block.w3)
+    sums = torch.empty(2, block.wide, device=DEVICE)
+    arguments = block.g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3
+    kernels.inverted_bottleneck_project_bwd(*arguments, dz, dw3, sums)
+    assert_guarded(dz)
+    assert_guarded(dw3)
+    truths, peers = project_bwd(block, torch.float64), project_bwd(block, dtype)
+    for result, peer, truth in zip((dz, dw3), peers, truths, strict=True):
+        assert_parity(result, [peer], truth, gradient=True)
+    assert_sums(sums, truths[0], block.y2, block.mean2, dtype)
+
+
+def expand_bwd(block: Block, x: Tensor, g: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    d, y1, w1, x = (tensor.to(dtype) for tensor in (block.d, block.y1, block.w1, x))
+    if dtype == torch.float64:
+        y1 = pointwise(x, w1)  # what has been rounded is of no use to this gradient
+    dy1 = norm_gradient(d, y1, block.coef1)
+    dx = F.conv2d(dy1, w1.t()[:, :, None, None])
+    return dx if g is None else dx + g.to(dtype), rows(dy1).t() @ rows(x)
+
+
+def judge_expand_bwd(block: Block, x: Tensor, g: Tensor | None, dtype: torch.dtype) -> None:
+    dx, dw1 = guarded(block.like(x.shape[1])), guarded(block.w1)
+    kernels.inverted_bottleneck_expand_bwd(block.d, block.y1, block.coef1, x, block.w1, g, dx, dw1)
+    assert_guarded(dx)
+    assert_guarded(dw1)
+    truths, peers = expand_bwd(block, x, g, torch.float64), expand_bwd(block, x, g, dtype)
+    for result, peer, truth in zip((dx, dw1), peers, truths, strict=True):
+        assert_parity(result, [peer], truth, gradient=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "way, case", [("direct", case) for case in CASES] + [("gram", case) for case in CASES if case[4] > 1], ids=str
+)
+def test_expand_bwd(case, way, dtype, monkeypatch):
+    """A Gram matrix of no more pixels than channels is nobody's choice."""
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    block = Block(case, dtype)
+    judge_expand_bwd(block, block.x, None, dtype)
+    judge_expand_bwd(block, block.x, torch.randn_like(block.x), dtype)
+
+
+@pytest.mark.parametrize("way", ["direct", "gram"])
+def test_expand_bwd_of_frozen_and_shared_norms(way, monkeypatch):
+    """Running statistics have q = r = 0; a mean over other processes' pixels too is not that of these."""
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    block = Block(CASES[2], torch.float32, offset=3)
+    block.coef1[3] += torch.randn_like(block.coef1[3])
+    judge_expand_bwd(block, block.x, block.x + 1, torch.float32)
+    block.coef1[1:3] = 0
+    judge_expand_bwd(block, block.x, None, torch.float32)
+
+
+def test_gram_of_a_far_mean(monkeypatch):
+    """Uncentred sums of fp32 would lose what is left of x when its mean is taken away."""
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0)
+    block = Block((2, 16, 32, 16, 8, 9, CL), torch.float32, offset=1000)
+    judge_expand_bwd(block, block.x, None, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("layout", [CL, NCHW])
+def test_strides_of_input_and_gradient(layout, odd, dtype, monkeypatch):
+    block = Block((2, 16, 32, 16, 5, 6, layout), dtype)
+    likes = [block.y1, block.x, block.x, block.w1, block.w1, block.y2, block.w3, block.y3]
+
+    def run(x: Tensor, g: Tensor) -> list[Tensor]:
+        y1, dx, dx2, dw1, dw12, dz, dw3, out = outputs = [torch.empty_like(like) for like in likes]
+        stats1, sums2, sums3 = sums = [torch.empty(2, c, device=DEVICE) for c in (32, 32, 16)]
+        kernels.inverted_bottleneck_expand_fwd(x, block.w1, y1, stats1)
+        kernels.inverted_bottleneck_residual_fwd(block.y3, block.affine3, x, out)
+        kernels.inverted_bottleneck_output_bwd(g, block.y3, block.mean3, sums3)
+        arguments = g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3
+        kernels.inverted_bottleneck_project_bwd(*arguments, dz, dw3, sums2)
+        for pixels, grads in ((0, (dx, dw1)), (10**6, (dx2, dw12))):
+            monkeypatch.setattr(kernels, "GRAM_PIXELS", pixels)
+            kernels.inverted_bottleneck_expand_bwd(block.d, block.y1, block.coef1, x, block.w1, g, *grads)
+        return outputs + sums
+
+    x, g = lay_out(odd, block.x), lay_out(odd, block.g)
+    plain = run(lay_out(layout, x.contiguous()), lay_out(layout, g.contiguous()))
+    assert all(torch.equal(one, other) for one, other in zip(run(x, g), plain, strict=True))
+
+
+@pytest.fixture
+def depthwise():
+    """Without a device ``torch.ops.fusekern_cuda.bn_relu6_dw_fwd`` has a stand-in for a CPU."""
+    if not INTERPRETED:
+        yield
+        return
+    library = torch.library.Library("fusekern_cuda", "FRAGMENT")
+    if extensions.load("_C_cuda"):
+        library.define(
+            "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats)"
+            " -> ()"
+        )
+
+    def stand_in(y1, vectors, weight, stride, y2, stats):
+        a = y1 if vectors is None else F.relu6(affine(y1, vectors))
+        y2.copy_(F.conv2d(a, weight[:, None], stride=stride, padding=weight.shape[1] // 2, groups=len(weight)))
+
+    library.impl("bn_relu6_dw_fwd", stand_in, "CPU")
+    yield
+    library._destroy()
+
+
+def composition(block: Block, wd: Tensor, affine1: Tensor, stride: int, residual: bool, dtype) -> Tensor:
+    x, w1, w3 = (tensor.to(dtype) for tensor in (block.x, block.w1, block.w3))
+    y = F.relu6(affine(pointwise(x, w1), affine1))
+    y = F.conv2d(y, wd.to(dtype)[:, None], stride=stride, padding=wd.shape[1] // 2, groups=len(wd))
+    y = affine(pointwise(F.relu6(affine(y, block.affine2)), w3), block.affine3)
+    return y + x if residual else y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel, stride, residual", [(3, 1, True), (5, 1, False), (3, 2, False)])
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4]], ids=str)
+def test_infer(case, kernel, stride, residual, dtype, depthwise):
+    block = Block(case, dtype)
+    wd = torch.randn(block.wide, kernel, kernel, device=DEVICE).to(dtype)
+    affine1 = torch.stack([2 + torch.randn(block.wide, device=DEVICE), torch.randn(block.wide, device=DEVICE)])
+    batch, _, height, width = block.x.shape
+    size = batch, len(block.w3), (height - 1) // stride + 1, (width - 1) // stride + 1
+    out = guarded(lay_out(block.layout, block.x.new_empty(size)))
+    vectors = block.affine2, block.w3, block.affine3
+    kernels.inverted_bottleneck_infer(block.x, block.w1, affine1, wd, *vectors, stride, residual, out)
+    assert_guarded(out)
+    arguments = block, wd, affine1, stride, residual
+    assert_parity(out, [composition(*arguments, dtype)], composition(*arguments, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("load", ["large", "medium"])
+def test_settings_and_parts(load, dtype, monkeypatch):
+    """One multiprocessor has work enough with large tiles and no parts; 1000 of them have not."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1 if load == "large" else 1000)
+    monkeypatch.setattr(kernels, "START", 0)
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0)
+    block = Block((2, 48, 80, 48, 10, 12, CL), dtype)
+    judge_expand_bwd(block, block.x, block.x, dtype)
+    kind = "half" if dtype != torch.float32 else "ieee"
+    assert kernels.setting_of(kind, 240, 48) == kernels.SETTINGS[kind, load]
+    y1, stats = torch.empty_like(block.y1), torch.empty(2, 80, device=DEVICE)
+    kernels.inverted_bottleneck_expand_fwd(block.x, block.w1, y1, stats)
+    assert_stats(stats, pointwise(*exact(block.x, block.w1)), dtype)
+
+
+@pytest.mark.parametrize("way", ["direct", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_the_ends_of_relu6(dtype, way, monkeypatch):
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    block = Block((2, 16, 32, 16, 4, 5, CL), dtype)
+    block.affine2 = torch.stack([torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE)])
+    block.y2[:, :8], block.y2[:, 8:16], block.y2[:, 16:24] = 0, 6, 3
+    block.y2[1, 30, 2, 2] = float("nan")
+    dz, dw3, sums = torch.empty_like(block.y2), torch.empty_like(block.w3), torch.empty(2, 32, device=DEVICE)
+    arguments = block.g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3
+    kernels.inverted_bottleneck_project_bwd(*arguments, dz, dw3, sums)
+    assert (dz[:, :16] == 0).all() and (dz[:, 16:24] != 0).any()
+    assert dw3.isnan().any(0).nonzero().flatten().tolist() == [30] and not dz.isnan().any()
+    y3 = torch.empty_like(block.y3)
+    kernels.inverted_bottleneck_project_fwd(block.y2, block.affine2, block.w3, y3, None)
+    assert y3[1, :, 2, 2].isnan().all() and y3.isnan().sum() == 16
+
+
+@pytest.mark.parametrize("way", ["direct", "gram"])
+def test_same_bits_again(way, monkeypatch):
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    block = Block((2, 16, 32, 16, 10, 12, CL), DTYPES[-1])
+
+    def run() -> list[Tensor]:
+        dx, dw1 = torch.empty_like(block.x), torch.empty_like(block.w1)
+        kernels.inverted_bottleneck_expand_bwd(block.d, block.y1, block.coef1, block.x, block.w1, None, dx, dw1)
+        y1, stats = torch.empty_like(block.y1), torch.empty(2, 32, device=DEVICE)
+        kernels.inverted_bottleneck_expand_fwd(block.x, block.w1, y1, stats)
+        return [dx, dw1, y1, stats]
+
+    first = run()
+    assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+    # The comparison can fail: a change of single inputs shows.
+    block.x[0, :, 0, 0] += 1
+    block.d[0, :, 0, 0] += 1
+    assert not any(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+
+
+def test_run_length():
+    """No part is empty, and many tiles are shared out only where programs are few."""
+    for programs in (1, 8, 96, 131, 132, 133, 2000):
+        for steps in (1, 2, 9, 128, 1000):
+            run = kernels.run_length(programs, steps)
+            parts = -(-steps // run)
+            assert 1 <= run <= steps and (parts - 1) * run < steps
+            assert parts == 1 or programs * parts <= 4 * kernels.PROGRAMS
+    assert kernels.run_length(96, 256) < 256 and kernels.run_length(2000, 256) == 256
+
+
+def test_kinds():
+    image = torch.empty(2, 32, 5, 6, dtype=torch.float16, device=DEVICE)
+    last = image.to(memory_format=torch.channels_last)
+    assert kernels._rows(last) == kernels.Rows(1, 60, True) and kernels._rows(image) == kernels.Rows(2, 30, False)
+    assert (
+        kernels.kind_of(kernels._rows(last), last) == "half"
+        and kernels.kind_of(kernels._rows(image), image) == "odd half"
+    )
+    assert kernels.kind_of(kernels._rows(last), last.float()) == "ieee"
+    odd = torch.empty(2, 20, 5, 6, device=DEVICE).to(memory_format=torch.channels_last)
+    assert kernels.kind_of(kernels._rows(odd), odd) == "odd fp32"
