@@ -40,7 +40,8 @@ def site(tmp_path_factory):
         file.extractall(work / "sdist", filter="data")
     (source,) = (work / "sdist").iterdir()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(source)], cwd=work)
+    one = {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0"}  # a third of the time, where there is nvcc
+    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(source)], cwd=work, env=one)
     (wheel,) = work.glob("fusekern-*.whl")
     run([*pip, "install", "--no-deps", "--no-index", "--target", str(work / "site"), str(wheel)], cwd=work)
     return work / "site"

@@ -56,15 +56,30 @@ def _batch_norm(x: Tensor, norm: BatchNorm, group: str = "") -> tuple[Tensor, Ba
     return y, seen
 
 
+class _OverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes of a group, in which each has a part of the loss."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, processes: object) -> Tensor:
+        ctx.processes = processes
+        total = part.clone()
+        dist.all_reduce(total, group=processes)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.processes)
+        return total, None
+
+
 def _batch_norm_of_all(x: Tensor, norm: BatchNorm, group: str) -> tuple[Tensor, BatchStatistics]:
     """Over the batches of all processes of a group, with gradients through their statistics."""
-    from torch.distributed.nn.functional import all_reduce  # some builds of torch have no processes
-
     processes = dist.distributed_c10d._resolve_process_group(group)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
 
     def total(part: Tensor) -> Tensor:
-        return all_reduce(part, group=processes)
+        return _OverProcesses.apply(part, processes)
 
     count = total(wide.new_tensor(x.numel() // x.shape[1]))
     mean = total(wide.sum((0, 2, 3))) / count

@@ -41,6 +41,7 @@ def work(rank, backend, folder):
         result = train(synced, [image.split(SPLIT)[rank] for image in images])
     gradients = [parameter.grad for parameter in synced.parameters()]
     torch.save((result, gradients, list(synced.buffers())), f"{folder}/{rank}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

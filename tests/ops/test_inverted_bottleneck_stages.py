@@ -198,6 +198,7 @@ def work(rank, backend, folder):
     keywords = {"group": dist.group.WORLD.group_name, "backend": "auto" if backend == "stages" else backend}
     found, seen = call(inverted_bottleneck, image, weights, vectors, TRAINED, **keywords)
     torch.save((found, [part for of in seen for part in of]), f"{folder}/{rank}")
+    dist.barrier()
     dist.destroy_process_group()
 
 
