@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def shapes(*texts: str) -> tuple[Shape, ...]:
     return tuple(map(Shape.parse, texts))
 
 
-class Case:
+class Case(ABC):
     """What a benchmark measures. Methods that compute take the tensors that ``sizes`` names, in its order.
 
     ``shapes`` gives for ``"cpu"``, ``"cuda"``, ``"quick"``, ``"headline"`` (where the goals are set) and ``"compile"``
@@ -58,41 +59,44 @@ class Case:
     shapes: dict[str, tuple[Shape, ...]]
     fed: tuple[str, ...]
 
+    @abstractmethod
     def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        raise NotImplementedError
+        """Of every tensor, by its name."""
 
+    @abstractmethod
     def arguments(self, shape: Shape, *tensors: Tensor) -> tuple:
         """The op's own arguments, for ``fusekern.backends``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fused(self, shape: Shape, backend: str, *tensors: Tensor) -> Tensor:
-        raise NotImplementedError
+        """fusekern's result, by the backend of this name."""
 
+    @abstractmethod
     def reference(self, shape: Shape, *tensors: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the op's own reference says: in float64 the truth."""
 
     def eager(self, shape: Shape, *tensors: Tensor) -> Tensor:
         return self.compose(shape, peers.attend, *tensors)
 
+    @abstractmethod
     def compose(self, shape: Shape, attend, *tensors: Tensor) -> Tensor:
         """``eager`` with a given attention."""
-        raise NotImplementedError
 
+    @abstractmethod
     def graph(self, shape: Shape, graph: peers.Graph, tensors: dict[str, Tensor], channels_last: bool) -> str:
         """Adds the nodes of the ONNX model and returns the result's name; images are ``[B, H, W, C]`` if asked."""
-        raise NotImplementedError
 
     def parts(self, shape: Shape, out: Tensor) -> dict[str, Tensor]:
         """What of the result is judged by itself, because another part's scale would hide its errors."""
         return {"out": out}
 
+    @abstractmethod
     def flops(self, shape: Shape) -> tuple[int, int]:
         """Of forward and backward; what a backward recomputes is not counted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def elements(self, shape: Shape) -> tuple[int, int]:
         """Values that forward and backward cannot but move: each input read once, each output written once."""
-        raise NotImplementedError
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusekern.config import GuidanceConfig
-from fusekern.nn import ConvFormer
+from fusekern.nn import ConvFormer, TextLinear
 
 
 class Guided(NamedTuple):
@@ -41,16 +41,6 @@ class NoGuidance(nn.Module):
     def forward(self, feature: Tensor, text: Tensor | None) -> Guided:
         """`[B, C5, h, w]` -> the same tensor, without score and text."""
         return Guided(feature, None, None)
-
-
-class TextLinear(nn.Linear):
-    """Trainable map of the embeddings to the width of the layer; orthogonal at first, so that it keeps their angles."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.orthogonal_(self.weight)
 
 
 class ConvFormerGuidance(nn.Module):

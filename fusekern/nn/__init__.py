@@ -5,6 +5,7 @@ from fusekern.nn.convformer import ConvFormer, ConvFormerBlock, ConvFormerOutput
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.inverted_residual import fuse_inverted_residuals
 from fusekern.nn.semantic_fpn import FeaturePyramid, SemanticFPN
+from fusekern.nn.text_guidance import TextGuidance, TextLinear
 from fusekern.nn.text_transformer import TextTransformer
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "ImageToTextBridge",
     "InvertedBottleneck",
     "SemanticFPN",
+    "TextGuidance",
+    "TextLinear",
     "TextToImageBridge",
     "TextTransformer",
     "fuse_inverted_residuals",

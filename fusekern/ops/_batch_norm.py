@@ -42,13 +42,18 @@ def moments_of(norm: Norm, stats: Tensor | None, count: int, group: str) -> Tens
     return torch.stack((mean, m2 / count, m2 / max(count - 1, 1)))
 
 
-def _over_processes(stats: Tensor, count: int, group: str) -> Tensor:
-    """Chan's rule over the processes, in the order of their ranks and in float64: the same bits in all of them."""
+def _gathered(vectors: Tensor, count: int, group: str) -> Tensor:
+    """``[2, c]`` and the count of each process, ``[processes, 3, c]`` in the order of their ranks, float64."""
     found = dist.distributed_c10d._resolve_process_group(group)
-    own = torch.cat((stats.double(), stats.new_full((1, stats.shape[1]), count, dtype=torch.float64)))
+    own = torch.cat((vectors.double(), vectors.new_full((1, vectors.shape[1]), count, dtype=torch.float64)))
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(found))]
     dist.all_gather(parts, own, group=found)
-    means, m2s, counts = torch.stack(parts).unbind(1)  # [processes, c] each
+    return torch.stack(parts)
+
+
+def _over_processes(stats: Tensor, count: int, group: str) -> Tensor:
+    """The moments over all processes by Chan's rule: the same bits in each of them."""
+    means, m2s, counts = _gathered(stats, count, group).unbind(1)  # [processes, c] each
     total = counts.sum(0)
     mean = (means * counts).sum(0) / total
     m2 = (m2s + counts * (means - mean) ** 2).sum(0)
@@ -77,17 +82,7 @@ def backward_of(norm: Norm, moments: Tensor, sums: Tensor, count: int, group: st
         q = r = torch.zeros_like(p)
     else:
         if group:
-            sums, count = _summed(sums, count, group)
+            *sums, count = _gathered(sums, count, group).sum(0).float()
         q = -p * rstd * rstd * (sums[1] / count)
         r = -p * (sums[0] / count)
     return torch.stack((p, q, r, moments[0])), dweight, dbias
-
-
-def _summed(sums: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
-    """The sums and the count over all processes, added in the order of their ranks."""
-    found = dist.distributed_c10d._resolve_process_group(group)
-    own = torch.cat((sums.double(), sums.new_full((1, sums.shape[1]), count, dtype=torch.float64)))
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(found))]
-    dist.all_gather(parts, own, group=found)
-    total = torch.stack(parts).sum(0)
-    return total[:2].float(), total[2].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -168,6 +169,22 @@ def _vectors(like: Tensor, rows: int, channels: int) -> Tensor:
     return like.new_zeros(rows, channels, dtype=torch.float32)
 
 
+def _kept(image: Tensor, y1: Tensor, y2: Tensor, y3: Tensor, learning: bool, low: bool) -> tuple[Tensor, ...]:
+    """What a forward keeps of y1, y2 and y3 for the backward; nothing is an empty tensor."""
+    wanted = (learning and not low, learning, learning)
+    return tuple(y if on else image.new_empty(0) for y, on in zip((y1, y2, y3), wanted, strict=True))
+
+
+def _stages(backend: str, image: Tensor) -> Callable[..., None]:
+    """Runs a backend's stage by its name; without a pixel there is none to run."""
+
+    def run(stage: str, *arguments: object) -> None:
+        if image.numel():
+            launch(backend, "inverted_bottleneck", stage, *arguments)
+
+    return run
+
+
 @torch.library.custom_op(
     "fusekern::inverted_bottleneck",
     mutates_args=(),
@@ -179,11 +196,7 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     norms = _norms_of(parts, eps, batch)
     w1, wd, w3 = _matrices(expand, depthwise, project)
     out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
-
-    def run(stage: str, *arguments: object) -> None:
-        if image.numel():
-            launch(backend, "inverted_bottleneck", stage, *arguments)
-
+    run = _stages(backend, image)
     if not learning and not any(batch):
         first, second, third = (affine_of(norm, moments_of(norm, None, 0, "")) for norm in norms)
         run("infer", image, w1, first, wd, second, w3, third, stride, residual, out)
@@ -201,8 +214,7 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     run("depthwise_fwd", y1, affine(norms[0], y1, stats[0]), wd, stride, y2, stats[1])
     run("project_fwd", y2, affine(norms[1], y2, stats[1]), w3, y3, stats[2])
     run("residual_fwd", y3, affine(norms[2], y3, stats[2]), image if residual else None, out)
-    kept = (y1 if not low else image.new_empty(0), y2, y3) if learning else (image.new_empty(0) for _ in range(3))
-    return (out, *kept, *moments)
+    return (out, *_kept(image, y1, y2, y3, learning, low), *moments)
 
 
 @_inverted_bottleneck.register_fake
@@ -212,8 +224,7 @@ def _(image, expand, depthwise, project, *rest):
     if not learning and not any(batch):
         return (out, *(image.new_empty(0) for _ in range(6)))
     moments = [_vectors(image, 3, y.shape[1]) for y in (y1, y2, y3)]
-    kept = (y1 if not low else image.new_empty(0), y2, y3) if learning else (image.new_empty(0) for _ in range(3))
-    return (out, *kept, *moments)
+    return (out, *_kept(image, y1, y2, y3, learning, low), *moments)
 
 
 @torch.library.custom_op(
@@ -228,11 +239,7 @@ def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y
     moments, norms = moments[:3], _norms_of(moments[3:], eps, batch)
     w1, wd, w3 = _matrices(expand, depthwise, project)
     dimage, dw1, dwd, dw3 = empty_image(image), torch.zeros_like(w1), torch.zeros_like(wd), torch.zeros_like(w3)
-
-    def run(stage: str, *arguments: object) -> None:
-        if image.numel():
-            launch(backend, "inverted_bottleneck", stage, *arguments)
-
+    run = _stages(backend, image)
     if not y1.numel():  # memory was low
         y1 = empty_image(image, w1.shape[0])
         run("expand_fwd", image, w1, y1, None)
@@ -266,7 +273,7 @@ def _(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
 
 def _setup_context(ctx, inputs, output):
     image, expand, depthwise, project, *parts = inputs[:16]
-    ctx.eps, ctx.batch, ctx.stride, ctx.residual, ctx.learning, _, ctx.group, ctx.backend = inputs[16:]
+    ctx.eps, ctx.batch, ctx.stride, ctx.residual, _, _, ctx.group, ctx.backend = inputs[16:]
     # The moments have what the running statistics had, which the caller may change until the backward.
     kept = [part for i in range(3) for part in (*parts[4 * i : 4 * i + 2], None, None)]
     ctx.save_for_backward(image, expand, depthwise, project, *output[1:], *kept)
@@ -370,7 +377,7 @@ def inverted_bottleneck(
     channels = image.shape[1]
     check_shape("expand", expand, "E C 1 1", C=channels)
     hidden = expand.shape[0]
-    size = depthwise.shape[-1]
+    size = depthwise.shape[-1] if depthwise.dim() else 0
     check_shape("depthwise", depthwise, "E 1 k k", E=hidden, k=size)
     check_shape("project", project, "O E 1 1", E=hidden)
     if size % 2 == 0:

@@ -83,9 +83,14 @@ _score_map_backward.register_autograd(no_second_derivative("score_map"))
 
 
 def _why_slow_cpp(image, text, normalize, concat):
-    # Then there is one product of matrices and nothing to fuse with it; in bench/results/score_map-cpu.json.
-    fused = normalize or (concat and image.stride(1) == 1 and image.dtype == torch.float32)
-    return [] if fused else ["without norms it is slower, but for a concatenation in channels_last and fp32"]
+    # Then there is one product of matrices and little to fuse with it; in bench/results/score_map-cpu.json.
+    plain = image.stride(1) == 1 and image.dtype == torch.float32
+    trained = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+    if not normalize and not (concat and plain):
+        return ["without norms it is slower, but for a concatenation in channels_last and fp32"]
+    if not concat and plain and not trained and image.shape[1] >= 512:
+        return ["without concatenation and gradients PyTorch is as fast in channels_last and fp32 with many channels"]
+    return []
 
 
 register("score_map", "cpp", cpp_dtypes, _why_slow_cpp)

@@ -24,14 +24,3 @@ struct __nv_bfloat162 {
 };
 
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
-
-inline __nv_bfloat16 larger(__nv_bfloat16 a, __nv_bfloat16 b) {
-  const float x(a), y(b);
-  return x != x || x > y ? a : b;
-}
-inline __nv_bfloat16 smaller(__nv_bfloat16 a, __nv_bfloat16 b) {
-  const float x(a), y(b);
-  return x != x || x < y ? a : b;
-}
-inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return {larger(a.x, b.x), larger(a.y, b.y)}; }
-inline __nv_bfloat162 __hmin2_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return {smaller(a.x, b.x), smaller(a.y, b.y)}; }

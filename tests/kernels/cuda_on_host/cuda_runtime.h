@@ -43,6 +43,18 @@ T __ldg(const T* from) {
 
 namespace cuda_on_host {
 
+// A NaN is larger and smaller than any number.
+template <class T>
+T larger(T a, T b) {
+  const float x(a), y(b);
+  return x != x || x > y ? a : b;
+}
+template <class T>
+T smaller(T a, T b) {
+  const float x(a), y(b);
+  return x != x || x < y ? a : b;
+}
+
 // A context starts a fiber; from then on jumps do, which take no system call.
 struct Fiber {
   ucontext_t context;
@@ -99,6 +111,16 @@ inline void run_block(dim3 threads) {
 }
 
 }  // namespace cuda_on_host
+
+// Of __nv_bfloat162 and of __half2.
+template <class Pair>
+Pair __hmax2_nan(Pair a, Pair b) {
+  return {cuda_on_host::larger(a.x, b.x), cuda_on_host::larger(a.y, b.y)};
+}
+template <class Pair>
+Pair __hmin2_nan(Pair a, Pair b) {
+  return {cuda_on_host::smaller(a.x, b.x), cuda_on_host::smaller(a.y, b.y)};
+}
 
 inline void __syncthreads() {
   using namespace cuda_on_host;
