@@ -457,21 +457,27 @@ void infer(const Tensor& x,        // [B, C, H, W]
   op.affine1 = data_of(affine1), op.affine2 = data_of(affine2);
   FUSEKERN_PICK(bottleneck_depthwise_plan)(op);
 
-  // As many images at a time as keep all threads busy.
-  const int64_t wave = std::min<int64_t>(B, parts(torch::stable::get_num_threads(), blocks.count()));
-  const int64_t tile_floats = floats(layout, pixels * E), y3_floats = floats(layout, pixels * O);
+  // As many images at a time as keep all threads busy; one thread projects each block while it is in the cache.
+  const int64_t threads = torch::stable::get_num_threads(), wave = std::min<int64_t>(B, parts(threads, blocks.count()));
+  const int64_t together = threads == 1 && !layout.bf16 ? 1 : blocks.count();
+  const int64_t tile_floats = floats(layout, pixels * std::min(E, together * blocks.size));
+  const int64_t y3_floats = floats(layout, pixels * O);
   const Scratch rings(wave * blocks.count() * op.ring_floats), memory(wave * (tile_floats + y3_floats));
-  const auto tile = [&](int64_t image) { return memory.data + image * (tile_floats + y3_floats); };
+  const auto tile = [&](int64_t slot) { return memory.data + slot * (tile_floats + y3_floats); };
+  // The filtered rows of a block of channels; in bf16, where one product takes all of them, within those of all.
+  const auto filtered = [&](int64_t slot, int64_t i, int64_t count) {
+    if (layout.bf16) return tile_of(tile(slot), layout, count, E);
+    return tile_of(tile(slot) + i % together * blocks.size * count, layout, count, blocks.channels(i));
+  };
   for (int64_t b0 = 0; b0 < B; b0 += wave)
     for (int64_t y0 = 0, staged = 0; y0 < h; y0 += height) {
       const int64_t y1 = std::min(h, y0 + height), need = std::min(H, (y1 - 1) * stride + k - pad);
       const int64_t images = std::min(wave, B - b0), fresh = (need - staged) * W, count = (y1 - y0) * w;
-      for_each(images * blocks.count(), [&](int64_t item) {
-        const int64_t slot = item / blocks.count(), b = b0 + slot, i = item % blocks.count();
-        const int64_t c0 = blocks.first(i), channels = blocks.channels(i);
+      const Chunk all = all_of(count);
+      const auto expand_and_filter = [&](int64_t slot, int64_t i) {
+        const int64_t b = b0 + slot, c0 = blocks.first(i), channels = blocks.channels(i);
         const Scratch expanded(floats(layout, std::max<int64_t>(fresh, 1) * channels)), scratch(op.scratch_floats);
-        const Dense from = tile_of(expanded.data, layout, fresh, channels),
-                    into = tile_of(tile(slot), layout, count, E);
+        const Dense from = tile_of(expanded.data, layout, fresh, channels), into = filtered(slot, i, count);
         if (fresh > 0) {
           const Chunk chunk = rows ? Chunk{0, b * H * W + staged * W, fresh, 0} : Chunk{b, staged * W, fresh, 0};
           multiply(image.matrix(chunk), block(w1, c0, channels, 0, C, true), from.matrix(all_of(fresh), 0, channels),
@@ -484,20 +490,31 @@ void infer(const Tensor& x,        // [B, C, H, W]
           char* const data = static_cast<char*>(dense.data) - (row * map.row + channel * map.channel) * layout.bytes();
           return Map{data, 0, map.channel, map.row, map.column};
         };
-        part.y1 = shifted(from, W, staged, c0), part.y2 = shifted(into, w, y0, 0);
-        FUSEKERN_PICK(bottleneck_depthwise_rows)(part, i, staged, y0, y1, rings.data + item * op.ring_floats,
+        part.y1 = shifted(from, W, staged, c0), part.y2 = shifted(into, w, y0, layout.bf16 ? 0 : c0);
+        FUSEKERN_PICK(bottleneck_depthwise_rows)(part, i, staged, y0, y1,
+                                                 rings.data + (slot * blocks.count() + i) * op.ring_floats,
                                                  scratch.data);
-      });
+      };
+      const auto project = [&](int64_t slot, int64_t share, int64_t first) {
+        const int64_t b = b0 + slot, o0 = shares.first(share), channels = shares.channels(share);
+        const Dense y3 = tile_of(tile(slot) + tile_floats, layout, count, O);
+        const Tensor to_share = y3.matrix(all, o0, channels);
+        if (layout.bf16)
+          multiply(filtered(slot, 0, count).matrix(all, 0, E), block(w3, o0, channels, 0, E, true), to_share, false);
+        for (int64_t i = first; !layout.bf16 && i < std::min(first + together, blocks.count()); ++i)
+          multiply(filtered(slot, i, count).matrix(all, 0, blocks.channels(i)),
+                   block(w3, o0, channels, blocks.first(i), blocks.channels(i), true), to_share, i > 0);
+        if (first + together < blocks.count()) return;
+        const int64_t n = y0 * w;
+        const Chunk there = rows ? Chunk{0, b * h * w + n, count, 0} : Chunk{b, n, count, 0};
+        finish(y3, all, o0, channels, affine3, residual ? &x : nullptr, to, there);
+      };
+      for (int64_t first = 0; first < blocks.count(); first += together) {
+        const int64_t some = std::min(together, blocks.count() - first);
+        for_each(images * some, [&](int64_t item) { expand_and_filter(item / some, first + item % some); });
+        for_each(images * shares.count(), [&](int64_t item) { project(item / shares.count(), item % shares.count(), first); });
+      }
       staged = std::max(staged, need);
-      for_each(images * shares.count(), [&](int64_t item) {
-        const int64_t slot = item / shares.count(), b = b0 + slot, i = item % shares.count(), n = y0 * w;
-        const int64_t c0 = shares.first(i), channels = shares.channels(i);
-        const Dense from = tile_of(tile(slot), layout, count, E),
-                    y3 = tile_of(tile(slot) + tile_floats, layout, count, O);
-        const Chunk all = all_of(count), there = rows ? Chunk{0, b * h * w + n, count, 0} : Chunk{b, n, count, 0};
-        multiply(from.matrix(all, 0, E), block(w3, c0, channels, 0, E, true), y3.matrix(all, c0, channels), false);
-        finish(y3, all, c0, channels, affine3, residual ? &x : nullptr, to, there);
-      });
     }
 }
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusekern.ops._kernel import launch
+
 
 class Norm(NamedTuple):
     """One batch norm as the op's schema flattens it; ``fusekern.ops.BatchNorm`` says what its parts are."""
@@ -24,22 +26,40 @@ class Norm(NamedTuple):
     batch: bool
 
 
-def moments_of(norm: Norm, stats: Tensor | None, count: int, group: str) -> Tensor:
-    """What the norm normalises by. ``[3, c]``, fp32: mean, biased and unbiased variance.
+def forward_of(norm: Norm, stats: Tensor | None, count: int, group: str, backend: str) -> tuple[Tensor, Tensor]:
+    """What the norm normalises by, and how.
 
     Args:
         norm: whose running statistics count if it has no batch statistics.
         stats: mean and M2 of this process' ``count`` values, ``[2, c]``.
         count: values a channel.
         group: name of the process group over whose batches the statistics are, or empty.
+        backend: whose kernels compute it.
+
+    Returns:
+        ``moments`` ``[3, c]``: mean, biased and unbiased variance; ``affine`` ``[2, c]``: scale and shift. Both fp32.
     """
-    if not norm.batch:
-        mean, var = norm.mean.float(), norm.var.float()
-        return torch.stack((mean, var, var))
-    if group:
-        return _over_processes(stats, count, group)
-    mean, m2 = stats
-    return torch.stack((mean, m2 / count, m2 / max(count - 1, 1)))
+    if norm.batch and group:
+        moments = _over_processes(stats, count, group)
+        return moments, affine_of(norm, moments, backend)
+    mean, var = (None, None) if norm.batch else (_fp32(norm.mean), _fp32(norm.var))
+    like = stats if norm.batch else mean
+    moments, affine = like.new_empty(3, like.shape[-1]), like.new_empty(2, like.shape[-1])
+    parameters = _fp32(norm.weight), _fp32(norm.bias), norm.eps
+    launch(backend, "batch_norm", "fwd", stats if norm.batch else None, count, mean, var, *parameters, moments, affine)
+    return moments, affine
+
+
+def affine_of(norm: Norm, moments: Tensor, backend: str) -> Tensor:
+    """``affine`` once more, from the moments."""
+    affine = torch.empty_like(moments[:2])
+    parameters = _fp32(norm.weight), _fp32(norm.bias), norm.eps
+    launch(backend, "batch_norm", "fwd", None, 0, None, None, *parameters, moments, affine)
+    return affine
+
+
+def _fp32(part: Tensor | None) -> Tensor | None:
+    return part if part is None else part.float().contiguous()
 
 
 def _gathered(vectors: Tensor, count: int, group: str) -> Tensor:
@@ -60,29 +80,19 @@ def _over_processes(stats: Tensor, count: int, group: str) -> Tensor:
     return torch.stack((mean, m2 / total, m2 / (total - 1).clamp_min(1))).float()
 
 
-def affine_of(norm: Norm, moments: Tensor) -> Tensor:
-    """scale and shift, ``[2, c]``, fp32."""
-    scale = (moments[1] + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.float()
-    shift = -moments[0] * scale
-    return torch.stack((scale, shift if norm.bias is None else shift + norm.bias.float()))
-
-
-def backward_of(norm: Norm, moments: Tensor, sums: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+def backward_of(
+    norm: Norm, moments: Tensor, sums: Tensor, count: int, group: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """From ``sums`` ``[2, c]`` of dv and dv (y - mean) to ``coef`` and the gradients of weight and bias, fp32.
 
     ``coef`` ``[4, c]`` holds p, q, r and mean, with dy = p dv + q (y - mean) + r. The gradients of weight and bias are
     those of this process' batch, as of any parameter under DDP.
     """
-    rstd = (moments[1] + norm.eps).rsqrt()
-    p = rstd if norm.weight is None else rstd * norm.weight.float()
-    dweight, dbias = sums[1] * rstd, sums[0]
-    if not norm.batch:
-        q = r = torch.zeros_like(p)
-    else:
-        if group:
-            *sums, count = _gathered(sums, count, group).sum(0).float()
-        q = -p * rstd * rstd * (sums[1] / count)
-        r = -p * (sums[0] / count)
-    return torch.stack((p, q, r, moments[0])), dweight, dbias
+    means = None
+    if norm.batch and group:
+        means, total = _gathered(sums, count, group).sum(0).split((2, 1))
+        means = (means / total).float()
+    coef, dweight = moments.new_empty(4, moments.shape[1]), moments.new_empty(moments.shape[1])
+    weight = _fp32(norm.weight)
+    launch(backend, "batch_norm", "bwd", moments, sums, means, count, weight, norm.eps, norm.batch, coef, dweight)
+    return coef, dweight, sums[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,24 @@ def autocast_enabled(device: str) -> bool:
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
+@cache
+def _letters(layout: str) -> tuple[str | int, ...]:
+    return tuple(int(letter) if letter.isdigit() else letter for letter in layout.split())
+
+
 def check_shape(name: str, tensor: Tensor, layout: str, **sizes: int) -> None:
     """``layout`` as in ``"B C 3 3"``; ``sizes`` gives the letters whose size is known."""
-    letters = layout.split()
-    wanted = [int(letter) if letter.isdigit() else sizes.get(letter) for letter in letters]
-    if tensor.dim() != len(letters) or any(
-        size is not None and size != found for size, found in zip(wanted, tensor.shape, strict=True)
-    ):
+    letters = _letters(layout)
+    fits = tensor.dim() == len(letters)
+    if fits:
+        for letter, found in zip(letters, tensor.shape, strict=True):
+            wanted = sizes.get(letter, found) if type(letter) is str else letter
+            if wanted != found:
+                fits = False
+    if not fits:
         known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
         where = f" with {known}" if known else ""
-        raise ValueError(f"{name} must be [{', '.join(letters)}]{where}; got shape {list(tensor.shape)}")
+        raise ValueError(f"{name} must be [{layout.replace(' ', ', ')}]{where}; got shape {list(tensor.shape)}")
 
 
 def check_alike(**tensors: Tensor | None) -> None:

@@ -42,11 +42,15 @@ def launch(backend: str, op: str, direction: str, *arguments: object) -> None:
 
     Autocast is off meanwhile: the arguments have their dtypes already.
     """
-    name = f"{op}_{direction}"
     # Triton is optional, and importing it takes longer than importing fusekern.
     module = torch.ops.fusekern_cpp if backend == "cpp" else import_module(f"fusekern.kernels.{op}")
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        getattr(module, name)(*arguments)
+    launcher = getattr(module, f"{op}_{direction}")
+    device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
+    if not autocast_enabled(device):
+        launcher(*arguments)
+        return
+    with torch.autocast(device, enabled=False):
+        launcher(*arguments)
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:

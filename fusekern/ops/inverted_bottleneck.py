@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import BACKENDS, register, resolve
-from fusekern.ops._batch_norm import Norm, affine_of, backward_of, moments_of
+from fusekern.ops._batch_norm import Norm, affine_of, backward_of, forward_of
 from fusekern.ops._check import check_alike, check_choice, check_shape
 from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
 from fusekern.ops._limits import cpp_dtypes, triton_dtypes
@@ -198,14 +198,15 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
     run = _stages(backend, image)
     if not learning and not any(batch):
-        first, second, third = (affine_of(norm, moments_of(norm, None, 0, "")) for norm in norms)
+        first, second, third = (forward_of(norm, None, 0, "", backend)[1] for norm in norms)
         run("infer", image, w1, first, wd, second, w3, third, stride, residual, out)
         return (out, *(image.new_empty(0) for _ in range(6)))
     moments = []
 
     def affine(norm: Norm, y: Tensor, stats: Tensor | None) -> Tensor:
-        moments.append(moments_of(norm, stats, _pixels(y), group))
-        return affine_of(norm, moments[-1])
+        seen, found = forward_of(norm, stats, _pixels(y), group, backend)
+        moments.append(seen)
+        return found
 
     stats = [
         _vectors(image, 2, y.shape[1]) if norm.batch else None for norm, y in zip(norms, (y1, y2, y3), strict=True)
@@ -238,7 +239,8 @@ def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y
     *moments, eps, batch, stride, residual, group, backend = rest
     moments, norms = moments[:3], _norms_of(moments[3:], eps, batch)
     w1, wd, w3 = _matrices(expand, depthwise, project)
-    dimage, dw1, dwd, dw3 = empty_image(image), torch.zeros_like(w1), torch.zeros_like(wd), torch.zeros_like(w3)
+    weight_like = torch.empty_like if image.numel() else torch.zeros_like
+    dimage, dw1, dwd, dw3 = empty_image(image), *map(weight_like, (w1, wd, w3))
     run = _stages(backend, image)
     if not y1.numel():  # memory was low
         y1 = empty_image(image, w1.shape[0])
@@ -246,17 +248,17 @@ def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y
     vectors = []
 
     def coef(i: int, y: Tensor, sums: Tensor) -> Tensor:
-        found, dweight, dbias = backward_of(norms[i], moments[i], sums, _pixels(y), group)
+        found, dweight, dbias = backward_of(norms[i], moments[i], sums, _pixels(y), group, backend)
         vectors.extend((dbias, dweight))
         return found
 
     sums1, sums2, sums3 = (_vectors(image, 2, y.shape[1]) for y in (y1, y2, y3))
     run("output_bwd", grad, y3, moments[2][0], sums3)
     dz = torch.empty_like(y2)
-    affine2 = affine_of(norms[1], moments[1])
+    affine2 = affine_of(norms[1], moments[1], backend)
     run("project_bwd", grad, y3, coef(2, y3, sums3), y2, affine2, moments[1][0], w3, dz, dw3, sums2)
     d = torch.empty_like(y1)
-    affine1 = affine_of(norms[0], moments[0])
+    affine1 = affine_of(norms[0], moments[0], backend)
     run("depthwise_bwd", dz, y2, coef(1, y2, sums2), y1, affine1, moments[0][0], wd, stride, d, dwd, sums1)
     del dz
     run("expand_bwd", d, y1, coef(0, y1, sums1), image, w1, grad if residual else None, dimage, dw1)
@@ -430,13 +432,15 @@ def _check_variance(image: Tensor, norms: tuple[BatchNorm, ...], stride: int) ->
 def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:
     if not norm.batch and (norm.mean is None or norm.var is None):
         raise ValueError(f"{name} needs a running mean and variance, or batch=True")
-    wide = torch.promote_types(image.dtype, torch.float32)
-    for part in ("weight", "bias", "mean", "var"):
-        tensor = getattr(norm, part)
+    dtypes = image.dtype, torch.promote_types(image.dtype, torch.float32)
+    for part, tensor in zip(("weight", "bias", "mean", "var"), norm[:4], strict=True):
         if tensor is None:
             continue
-        check_shape(f"{name}.{part}", tensor, "c", c=width)
+        if tensor.shape != (width,):
+            raise ValueError(f"{name}.{part} must be [c] with c = {width}; got shape {list(tensor.shape)}")
         if tensor.device != image.device:
             raise ValueError(f"{name}.{part} is on {tensor.device}, image on {image.device}: they must share a device")
-        if tensor.dtype not in (image.dtype, wide):
-            raise ValueError(f"{name}.{part} is {tensor.dtype}: beside an image of {image.dtype} it must be {wide}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(
+                f"{name}.{part} is {tensor.dtype}: beside an image of {image.dtype} it must be {dtypes[1]}"
+            )
