@@ -47,6 +47,7 @@ class GuidanceConfig:
         outer_residual: the skip of equation 1 around the whole stack.
         normalize: cosine score map; false is the literal equation 2.
         text_scale: factor on the text embeddings as they enter the layer.
+        memory: "low" keeps less for the backward and computes each block's expansion twice.
         backend: backend of the layer's ops.
         aux_weight: weight of the cross entropy on the score map; 0 turns it off.
         aux_tau: temperature of that loss.
@@ -65,6 +66,7 @@ class GuidanceConfig:
     outer_residual: bool = True
     normalize: bool = True
     text_scale: float = 1.0
+    memory: Literal["default", "low"] = "default"
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     aux_weight: float = 0.4
     aux_tau: float = 0.07

@@ -81,6 +81,7 @@ class ConvFormerGuidance(nn.Module):
             outer_residual=config.outer_residual,
             normalize=config.normalize,
             text_scale=config.text_scale,
+            memory=config.memory,
             backend=config.backend,
         )
         self.out_channels = width + classes

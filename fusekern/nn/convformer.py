@@ -62,6 +62,8 @@ class ConvFormer(nn.Module):
         normalize: cosine score map, in [-1, 1]; false is the literal equation 2, of the order of 100 at C = 512.
         text_scale: factor on the text as it enters the blocks; ``channels ** 0.5`` brings unit-length embeddings to the
             length that layer normalisation gives the tokens later.
+        memory: ``"low"`` keeps less of each block for the backward, where a kernel runs, and computes its expansion
+            twice: a sixth more work at the paper's sizes.
         backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
@@ -83,6 +85,7 @@ class ConvFormer(nn.Module):
         outer_residual: bool = True,
         normalize: bool = True,
         text_scale: float = 1.0,
+        memory: str = "default",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -106,6 +109,7 @@ class ConvFormer(nn.Module):
                 downsample=downsample,
                 pad=pad,
                 bridge=bridge,
+                memory=memory,
                 backend=backend,
             )
             for _ in range(blocks)
@@ -209,6 +213,7 @@ class ConvFormerBlock(nn.Module):
         downsample: str = "conv",
         pad: str = "floor",
         bridge: str = "attention",
+        memory: str = "default",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -216,7 +221,7 @@ class ConvFormerBlock(nn.Module):
             channels, bridge_heads, downsample=downsample, pad=pad, bridge=bridge, backend=backend
         )
         self.transformer = TextTransformer(channels, text_heads, ffn_ratio, backend=backend)
-        self.bottleneck = InvertedBottleneck(channels, expansion, backend=backend)
+        self.bottleneck = InvertedBottleneck(channels, expansion, memory=memory, backend=backend)
         self.text_to_image = TextToImageBridge(channels, bridge_heads, bridge=bridge, backend=backend)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

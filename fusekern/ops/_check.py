@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -16,24 +14,16 @@ def autocast_enabled(device: str) -> bool:
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
-@cache
-def _letters(layout: str) -> tuple[str | int, ...]:
-    return tuple(int(letter) if letter.isdigit() else letter for letter in layout.split())
-
-
 def check_shape(name: str, tensor: Tensor, layout: str, **sizes: int) -> None:
     """``layout`` as in ``"B C 3 3"``; ``sizes`` gives the letters whose size is known."""
-    letters = _letters(layout)
+    letters = layout.split()
     fits = tensor.dim() == len(letters)
-    if fits:
-        for letter, found in zip(letters, tensor.shape, strict=True):
-            wanted = sizes.get(letter, found) if type(letter) is str else letter
-            if wanted != found:
-                fits = False
+    for letter, found in zip(letters, tensor.shape, strict=False):
+        fits = fits and found == (int(letter) if letter.isdigit() else sizes.get(letter, found))
     if not fits:
         known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
         where = f" with {known}" if known else ""
-        raise ValueError(f"{name} must be [{layout.replace(' ', ', ')}]{where}; got shape {list(tensor.shape)}")
+        raise ValueError(f"{name} must be [{', '.join(letters)}]{where}; got shape {list(tensor.shape)}")
 
 
 def check_alike(**tensors: Tensor | None) -> None:

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from by_torch import block_by_torch
 
 from fusekern import ConvFormer, FusekernError, ops, use_backend
+from fusekern.testing import assert_parity
 
 
 @pytest.fixture(autouse=True)
@@ -28,52 +29,6 @@ def inputs(batch=2, height=7, breadth=6, count=5, channels=16, dtype=torch.float
 
 
 # Maths
-
-
-def attend(query, key, value, heads):
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def block_by_torch(block, image, text):
-    """The block out of torch's own modules and functions."""
-    bridge = block.image_to_text
-    tokens = F.conv2d(image, bridge.downsample.weight, bridge.downsample.bias, stride=3).flatten(2).transpose(1, 2)
-    text = bridge.norm(text + bridge.out(attend(bridge.query(text), tokens, tokens, bridge.heads)))
-
-    former = block.transformer
-    layer = nn.TransformerEncoderLayer(
-        former.up.in_features,
-        former.heads,
-        former.up.out_features,
-        dropout=0.0,
-        activation="gelu",
-        batch_first=True,
-        dtype=text.dtype,
-    )
-    state = {"self_attn.in_proj_weight": former.qkv.weight, "self_attn.in_proj_bias": former.qkv.bias}
-    names = {"self_attn.out_proj": "out", "linear1": "up", "linear2": "down", "norm1": "norm1", "norm2": "norm2"}
-    for theirs, ours in names.items():
-        state |= {f"{theirs}.{key}": value for key, value in getattr(former, ours).state_dict().items()}
-    layer.load_state_dict(state)
-    text = layer(text)
-
-    bottleneck = block.bottleneck
-    image = image + nn.Sequential(
-        bottleneck.expand,
-        bottleneck.norm1,
-        nn.ReLU6(),
-        bottleneck.depthwise,
-        bottleneck.norm2,
-        nn.ReLU6(),
-        bottleneck.project,
-        bottleneck.norm3,
-    )(image)
-
-    back = block.text_to_image
-    pixels = image.flatten(2).transpose(1, 2)
-    gathered = attend(pixels, back.key(text), back.value(text), back.heads)
-    return image + gathered.transpose(1, 2).reshape(image.shape), text
 
 
 @pytest.mark.parametrize("outer_residual", [True, False])
@@ -331,3 +286,29 @@ def test_exports_with_free_sizes():
     image, text = inputs(batch=3, height=10, breadth=12, count=7)
     for one, other in zip(program.module()(image, text[0]), layer(image, text[0]), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bridge": "inner_product", "downsample": "depthwise", "pad": "ceil", "normalize": False}]
+)
+def test_onnx_runtime_computes_the_same_for_free_sizes(options, tmp_path):
+    for library in ("onnx", "onnxscript"):
+        pytest.importorskip(library)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer = small(blocks=1, **options).eval()
+    free = torch.export.Dim.DYNAMIC
+    sizes = {"image": {0: free, 2: free, 3: free}, "text": {0: free}}
+    program = torch.export.export(layer, (inputs()[0], inputs()[1][0]), dynamic_shapes=sizes)
+    file = tmp_path / "layer.onnx"
+    torch.onnx.export(program, dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    truth = copy.deepcopy(layer).double()
+    for batch, height, breadth, count in ((2, 7, 6, 5), (1, 10, 12, 7), (3, 3, 8, 1)):
+        image, text = inputs(batch, height, breadth, count)
+        found = session.run(None, {"image": image.numpy(), "text": text[0].numpy()})
+        with torch.no_grad():
+            plain = layer(image, text[0])
+            other_order = layer(image.to(memory_format=torch.channels_last), text[0])
+            exact = truth(image.double(), text[0].double())
+        for one, *peers, right in zip(found, plain, other_order, exact, strict=True):
+            assert_parity(torch.from_numpy(one), peers, right)

@@ -1,0 +1,61 @@
+"""What training keeps of a whole layer, beside the same layer out of torch's modules."""
+
+import pytest
+import torch
+from by_torch import block_by_torch
+
+from fusekern import ConvFormer, extensions
+
+pytestmark = pytest.mark.skipif(bool(extensions.load("_C")), reason=f"no C++ kernels: {extensions.load('_C')}")
+
+
+def kept_bytes(function, layer):
+    """What a forward keeps for its backward, parameters and buffers left out."""
+    kept = {}
+    skip = {tensor.untyped_storage().data_ptr() for tensor in layer.state_dict(keep_vars=True).values()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    assert result.requires_grad
+    return sum(size for where, size in kept.items() if where not in skip)
+
+
+@pytest.mark.parametrize(
+    "expansion, memory, most", [(6, "default", 0.40), (2, "default", 0.45), (6, "low", 0.25), (2, "low", 0.33)]
+)
+def test_what_six_blocks_keep(expansion, memory, most):
+    torch.manual_seed(0)
+    options = {"channels": 32, "bridge_heads": 2, "text_heads": 2, "expansion": expansion}
+    layer = ConvFormer(memory=memory, **options)
+    image = torch.randn(2, 32, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    text = torch.randn(2, 5, 32)
+
+    def by_torch():
+        new_image, new_text = image, text
+        for block in layer.blocks:
+            new_image, new_text = block_by_torch(block, new_image, new_text)
+        return new_image
+
+    ours = kept_bytes(lambda: layer(image, text).image, layer)
+    eager = kept_bytes(by_torch, layer)
+    assert ours <= most * eager, f"{ours / eager:.3f} of {eager / 1e6:.1f} MB"
+    assert ours >= 6 * 3 * image.nbytes  # the measure sees what each block must keep
+
+
+def test_low_memory_trains_alike():
+    """The same losses and gradients: what is not kept is computed again."""
+    torch.manual_seed(0)
+    options = {"channels": 16, "blocks": 2, "bridge_heads": 2, "text_heads": 2, "expansion": 3}
+    layer, low = ConvFormer(**options), ConvFormer(memory="low", **options)
+    low.load_state_dict(layer.state_dict())
+    image, text = torch.randn(2, 16, 9, 8), torch.randn(2, 5, 16)
+    for one in (layer, low):
+        out = one(image, text)
+        (out.image.square().mean() + out.score.square().mean()).backward()
+    assert torch.equal(layer(image, text).score, low(image, text).score)
+    for (name, one), other in zip(layer.named_parameters(), low.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name)
