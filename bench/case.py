@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
+from fusekern import backends
 from fusekern.testing import check_parity
 
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -67,6 +68,18 @@ class Case(ABC):
     def arguments(self, shape: Shape, *tensors: Tensor) -> tuple:
         """The op's own arguments, for ``fusekern.backends``."""
 
+    def resolved(self, shape: Shape, *tensors: Tensor) -> str:
+        """The backend that ``auto`` takes."""
+        return backends.resolve(self.op, "auto", *self.arguments(shape, *tensors))
+
+    def refused(self, shape: Shape, backend: str, *tensors: Tensor) -> list[str]:
+        """Why a backend cannot take these tensors."""
+        return backends.why_not(self.op, backend, *self.arguments(shape, *tensors))
+
+    def scaled(self, name: str, tensor: Tensor) -> Tensor:
+        """Of normal values the tensor of this name: weights keep the variance of what they are multiplied with."""
+        return tensor * (tensor.shape[0] / tensor.numel()) ** 0.5 if "weight" in name else tensor
+
     @abstractmethod
     def fused(self, shape: Shape, backend: str, *tensors: Tensor) -> Tensor:
         """fusekern's result, by the backend of this name."""
@@ -86,6 +99,19 @@ class Case(ABC):
     def graph(self, shape: Shape, graph: peers.Graph, tensors: dict[str, Tensor], channels_last: bool) -> str:
         """Adds the nodes of the ONNX model and returns the result's name; images are ``[B, H, W, C]`` if asked."""
 
+    def onnx(
+        self,
+        shape: Shape,
+        tensors: dict[str, Tensor],
+        channels_last: bool,
+        fed: dict[str, tuple[int, ...]],
+        size: tuple[int, ...],
+    ) -> tuple[bytes, str]:
+        """The ONNX model, whose inputs and result have these sizes, and the name of the result."""
+        graph = peers.Graph()
+        result = self.graph(shape, graph, tensors, channels_last)
+        return graph.model(fed, result, size), result
+
     def parts(self, shape: Shape, out: Tensor) -> dict[str, Tensor]:
         """What of the result is judged by itself, because another part's scale would hide its errors."""
         return {"out": out}
@@ -104,14 +130,12 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def make(case: Case, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
-    """Normal values; weights, the tensors with ``weight`` in their name, scaled to keep the variance."""
+    """Normal values, scaled as the case has it."""
     generator = torch.Generator(device).manual_seed(seed)
     made = {}
     for name, size in case.sizes(shape).items():
         tensor = torch.randn(size, generator=generator, device=device)
-        if "weight" in name:
-            tensor *= (size[0] / tensor.numel()) ** 0.5
-        made[name] = tensor.to(dtype)
+        made[name] = case.scaled(name, tensor).to(dtype)
     return made
 
 

@@ -26,7 +26,6 @@ from bench import peers, report
 from bench.case import LAYOUTS, Case, Shape, Truth, lay_out, make, with_gradients
 from bench.peers import FUSED, GRAPHED
 from bench.timing import STATISTIC, Burst, Ceilings, capture, interleaved, keep_freed_memory, rotation
-from fusekern import backends
 
 RESULTS = report.ROOT / "bench" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +50,7 @@ def measure(case: Case, truth: Truth, layout: str, options: argparse.Namespace, 
         "dtype": dtype,
         "layout": layout,
         "backend": backend,
-        "auto": backends.resolve(case.op, "auto", *case.arguments(shape, *tensors.values())),
+        "auto": case.resolved(shape, *tensors.values()),
         "wrong": [],
         "not": {},
         "memory": {},

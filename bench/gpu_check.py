@@ -219,9 +219,13 @@ def exercise(device: str = "cuda", backend: str = "triton") -> None:
                 expand, depthwise = draw(256, 128, 1, 1, dtype=dtype), draw(256, 1, 3, 3, dtype=dtype)
                 project, norms = draw(128, 256, 1, 1, dtype=dtype), [draw(2, c, dtype=dtype) for c in (256, 256, 128)]
                 block = (image, expand, depthwise, project)
+                shapes = ((384, 128), 384, (128, 128), 128, 128, 128, (256, 128), 256, (128, 256), 128, 128, 128)
+                parts = [draw(*(size if isinstance(size, tuple) else (size,)), dtype=dtype) for size in shapes]
+                pairs = [tuple(parts[i : i + 2]) for i in range(0, len(parts), 2)]
                 batch = tuple(ops.BatchNorm(*of, None, None, 1e-5, True) for of in norms)
                 whole = "cuda" if backend == "triton" else backend  # half CUDA, half Triton
                 calls = {
+                    "former": (ops.former(key, *pairs, heads=2, backend=backend), (key, *parts)),
                     "former2conv": (ops.former2conv(image, key, value, heads=2, backend=backend), (image, key, value)),
                     "conv2former": (ops.conv2former(key, image, heads=2, backend=backend), (key, image)),
                     "score_map": (ops.score_map(image, key, concat=True, backend=backend), (image, key)),

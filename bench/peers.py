@@ -25,8 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusekern import backends
-
 PINNED = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -83,7 +81,7 @@ def build(name: str, case, shape, tensors: dict[str, Tensor], channels_last: boo
         Unavailable: it cannot run on these tensors.
     """
     if name == FUSED:
-        if reasons := backends.why_not(case.op, backend, *case.arguments(shape, *tensors.values())):
+        if reasons := case.refused(shape, backend, *tensors.values()):
             raise Unavailable("; ".join(reasons))
         return Contender(partial(case.fused, shape, backend), capture=True)
     if name == "reference":
@@ -187,10 +185,9 @@ def _engine(name: str, case, shape, tensors: dict[str, Tensor], channels_last: b
         size = case.eager(shape, *tensors.values()).shape
     channels_last = channels_last and not case.engines_want_nchw
     out = torch.empty(size, memory_format=torch.channels_last if channels_last and len(size) == 4 else None)
-    graph = Graph()
-    result = case.graph(shape, graph, tensors, channels_last)
     buffer, fed = (_fed(out, channels_last), {key: _fed(tensors[key], channels_last) for key in case.fed})
-    model = graph.model({key: tuple(tensor.shape) for key, tensor in fed.items()}, result, tuple(buffer.shape))
+    sizes = {key: tuple(tensor.shape) for key, tensor in fed.items()}
+    model, result = case.onnx(shape, tensors, channels_last, sizes, tuple(buffer.shape))
     run = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name](model, fed, result, buffer)
 
     def call(*_: Tensor) -> Tensor:

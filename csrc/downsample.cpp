@@ -1,11 +1,12 @@
 // downsample: the 3x3 convolution with stride 3 as a matrix product. A patch of 9 C numbers becomes one row, in the
-// order in which the weight lies; the products are torch's own. The rows take as much memory as the image.
+// order in which the weight lies. The rows take as much memory as the image.
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
 
 #include "arguments.h"
+#include "linear.h"
 
 namespace fusekern {
 
@@ -124,9 +125,13 @@ void copy_tokens(const Downsample& op, const Map& map, const Tensor& rows) {
   });
 }
 
+// Does a product of ours do better than torch's?
+bool own_product(const Downsample& op) { return !op.bf16 && cpu_isa() != Isa::baseline; }
+
 // ---- the op ------------------------------------------------------------------------------------------------------
 
-// torch's convolution, which wins where there are many patches; for patches that all lie within the image.
+// torch's convolution, which wins over its own products where there are many patches; for patches that all lie within
+// the image.
 Tensor convolve(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   const std::vector<int64_t> strides{3, 3}, none{0, 0}, ones{1, 1};
@@ -144,7 +149,14 @@ void forward(const Downsample& op, const Tensor& weight, const std::optional<Ten
   const bool in_place =
       map.channel == 1 && map.column == op.C && map.row == op.w * op.C && map.batch == op.h * op.w * op.C;
   const Tensor rows = in_place ? view(out, {op.patches(), op.C}, {op.C, 1}) : empty(out, op.patches(), op.C);
-  call_out("aten::linear", patches, rows_of(weight), bias, rows);
+  if (own_product(op)) {
+    const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+    const Tensor matrix = rows_of(weight);
+    linear(op.patches(), op.C, 9 * op.C, {floats(patches), 9 * op.C, 1}, floats(matrix),
+           bias ? floats(*bias) : nullptr, nullptr, floats(rows), nullptr);
+  } else {
+    call_out("aten::linear", patches, rows_of(weight), bias, rows);
+  }
   if (!in_place) copy_tokens<T, false>(op, map, rows);
 }
 
@@ -177,7 +189,7 @@ void downsample_fwd(const Tensor& image,               // [B, C, H, W]
                     Tensor out) {                      // [B, C, h, w]
   const Downsample op = arguments(image, weight, out);
   if (bias) check("bias", *bias, {op.C}, image.scalar_type());
-  if (op.patches() > op.C / 2 && 3 * op.h <= op.H && 3 * op.w <= op.W)
+  if (!own_product(op) && op.patches() > op.C / 2 && 3 * op.h <= op.H && 3 * op.w <= op.W)
     torch::stable::copy_(out, convolve(image, weight, bias));
   else
     (op.bf16 ? forward<uint16_t> : forward<uint32_t>)(op, weight, bias, out);

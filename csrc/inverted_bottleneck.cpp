@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "matrix_product.h"
 
 namespace fusekern {
 
@@ -166,15 +167,15 @@ Tensor turned(const Tensor& matrix) {
 void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add) {
   const bool own = to.scalar_type() == ScalarType::Float && cpu_isa() != Isa::baseline;
   const auto can = [](const Tensor& b, int columns) { return b.stride(columns) == 1 || b.stride(1 - columns) == 1; };
-  BottleneckProduct p{};
+  MatrixProduct p{};
   p.c = static_cast<float*>(to.data_ptr()), p.terms = a.size(1), p.add = add;
   const auto run = [&](const Tensor& a, const Tensor& b, int rows, int columns) {
     p.rows = to.size(rows), p.columns = to.size(columns);
     p.a = static_cast<const float*>(a.data_ptr()), p.b = static_cast<const float*>(b.data_ptr());
     p.a_row = a.stride(rows), p.a_term = a.stride(columns), p.b_term = b.stride(rows), p.b_column = b.stride(columns);
     p.c_row = to.stride(rows);
-    const Scratch packed(FUSEKERN_PICK(bottleneck_product_floats)());
-    FUSEKERN_PICK(bottleneck_product)(p, packed.data);
+    const Scratch packed(FUSEKERN_PICK(matrix_product_floats)());
+    FUSEKERN_PICK(matrix_product)(p, packed.data);
   };
   if (own && to.stride(1) == 1 && can(b, 1)) return run(a, b, 0, 1);
   if (own && to.stride(0) == 1 && can(a, 0)) return run(b, a, 1, 0);  // transposed

@@ -44,20 +44,7 @@ struct BottleneckDepthwise {
   int64_t scratch_floats;  // of a thread: the rest
 };
 
-// c [rows][columns] (+)= a [rows][terms] b [terms][columns], in fp32. The columns of c lie side by side, and either the
-// columns or the terms of b.
-struct BottleneckProduct {
-  int64_t rows, columns, terms;
-  const float *a, *b;
-  float* c;
-  int64_t a_row, a_term, b_term, b_column, c_row;  // strides
-  bool add;
-};
-
 FUSEKERN_BODY(
-    int64_t bottleneck_product_floats();  // of working memory
-    void bottleneck_product(const BottleneckProduct& product, float* packed);
-
     // out = relu6(v0 a + v1)
     void bottleneck_activate(const BottleneckPass& pass);
     // out = v0 a + v1 (+ b)

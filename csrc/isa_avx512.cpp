@@ -5,8 +5,10 @@
 
 #include "conv2former_body.h"
 #include "former2conv_body.h"
+#include "former_body.h"
 #include "inverted_bottleneck_body.h"
-#include "inverted_bottleneck_product.h"
+#include "linear_body.h"
+#include "matrix_product_body.h"
 #include "score_map_body.h"
 
 #endif

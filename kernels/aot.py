@@ -38,7 +38,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former2conv", "score_map")
+OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former", "former2conv", "score_map")
 ARCHS = (80, 90, 100)
 # Shared memory that a program can have, bytes: 1 KiB less than the multiprocessor's own.
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -46,7 +46,7 @@ def test_every_script_is_tested():
 
 
 @pytest.mark.parametrize(("name", "library", "size", "stride", "pick"), HOSTS)
-def test_text_guides_the_host(name, library, size, stride, pick, monkeypatch, capsys, tmp_path):
+def test_text_guides_the_host(name, library, size, stride, pick, monkeypatch, capsys):
     pytest.importorskip(library)
     script = run(monkeypatch, name, "--size", size)
     side = size // stride
@@ -73,12 +73,20 @@ def test_text_guides_the_host(name, library, size, stride, pick, monkeypatch, ca
         assert parameter.endswith("key.bias") or gradient.abs().max() > 0, parameter
     assert next(host.parameters()).grad.abs().max() > 0
 
+
+@pytest.mark.parametrize(("name", "library", "size", "stride", "pick"), [HOSTS[0], HOSTS[2]])
+def test_a_guided_host_becomes_an_onnx_file(name, library, size, stride, pick, tmp_path):
+    pytest.importorskip(library)
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
+    for needed in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    script = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    host, image = script["build"](), torch.rand(2, 3, size, size)
+    script["guide"](host, torch.randn(5, 512))
+    model = Logits(host, pick).eval()
     export = runpy.run_path(str(EXAMPLES / "export_onnx.py"))
     file = tmp_path / "host.onnx"
-    export["export"](model.eval(), image, file)
+    export["export"](model, image, file)
     export["check"](model, torch.rand(1, 3, size + 32, size), file)
     assert {node.domain for node in onnx.load(file).graph.node} == {""}
 

@@ -31,6 +31,20 @@ def attention_backward(grad, first, second, *rest, **keywords) -> int:
     return 8 * prod(image) * tokens[1]
 
 
+@register_flop_formula(_fusekern.former)
+def former(tokens, *rest, **keywords) -> int:
+    """2 B K (4 C^2 + 2 C F) of the linear layers and 4 B K^2 C of the attention."""
+    batch, count, channels = tokens
+    hidden = rest[6][0]
+    return batch * count * channels * (8 * channels + 4 * hidden + 4 * count)
+
+
+@register_flop_formula(_fusekern.former_backward)
+def former_backward(grad, *rest, **keywords) -> int:
+    """Twice the forward's."""
+    return 2 * former(*rest)
+
+
 @register_flop_formula(_fusekern.score_map)
 def score_map(image, text, *rest, **keywords) -> int:
     """2 B N K C."""

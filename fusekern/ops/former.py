@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusekern.backends import resolve
+from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._limits import triton_dtypes
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
 
@@ -32,6 +35,115 @@ def former_reference(
     mixed = (similarity.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
     tokens = F.layer_norm(tokens + F.linear(mixed, *out), (channels,), *norm1, eps)
     return F.layer_norm(tokens + F.linear(F.gelu(F.linear(tokens, *up)), *down), (channels,), *norm2, eps)
+
+
+_PARAMETERS = ", ".join(
+    f"Tensor {name}"
+    for name in (
+        *("qkv_weight", "qkv_bias", "out_weight", "out_bias", "gain1", "shift1"),
+        *("up_weight", "up_bias", "down_weight", "down_bias", "gain2", "shift2"),
+    )
+)
+_SAVED = "Tensor qkv, Tensor mixed, Tensor lse, Tensor sums1, Tensor hidden, Tensor sums2, Tensor moments"
+
+
+def _empty(tokens: Tensor, up_weight: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """The result and what the backward needs: two thirds of it are the products' results before softmax and GELU."""
+    batch, count, channels = tokens.shape
+    return (
+        empty_tokens(tokens),
+        tokens.new_empty(batch, count, 3 * channels),
+        empty_tokens(tokens),
+        tokens.new_empty((batch, heads, count), dtype=torch.float32),
+        empty_tokens(tokens),
+        tokens.new_empty(batch, count, up_weight.shape[0]),
+        empty_tokens(tokens),
+        tokens.new_empty((4, batch * count), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op(
+    "fusekern::former",
+    mutates_args=(),
+    schema=f"(Tensor tokens, {_PARAMETERS}, int heads, float eps, str backend) -> ({', '.join(['Tensor'] * 8)})",
+)
+def _former(tokens, *arguments):
+    *parameters, heads, eps, backend = arguments
+    results = _empty(tokens, parameters[6], heads)
+    if tokens.numel():
+        launch(backend, "former", "fwd", tokens, *parameters, heads, eps, *results)
+    return results
+
+
+@_former.register_fake
+def _(tokens, *arguments):
+    return _empty(tokens, arguments[6], arguments[12])
+
+
+@torch.library.custom_op(
+    "fusekern::former_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor tokens, {_PARAMETERS}, {_SAVED}, int heads, str backend) "
+    f"-> ({', '.join(['Tensor'] * 13)})",
+)
+def _former_backward(grad, tokens, *arguments):
+    *tensors, heads, backend = arguments
+    parameters, saved = tensors[:12], tensors[12:]
+    gradients = tuple(empty_tokens(tensor) for tensor in (tokens, *parameters))
+    if tokens.numel():
+        qkv_weight, _, out_weight, _, gain1, shift1, up_weight, _, down_weight, _, gain2, _ = parameters
+        weights = (qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2)
+        launch(backend, "former", "bwd", grad, tokens, *weights, *saved, heads, *gradients)
+    else:
+        for gradient in gradients:
+            gradient.zero_()
+    return gradients
+
+
+@_former_backward.register_fake
+def _(grad, tokens, *arguments):
+    return tuple(empty_tokens(tensor) for tensor in (tokens, *arguments[:12]))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.heads, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 16
+    return *_former_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.backend), None, None, None
+
+
+_former.register_autograd(_backward, setup_context=_setup_context)
+_former_backward.register_autograd(no_second_derivative("former"))
+
+
+def _why_not_triton(tokens, *rest):
+    channels, heads = tokens.shape[2], rest[-2]
+    reasons = triton_dtypes(tokens)
+    if channels > 2048:
+        reasons.append(f"{channels} channels, it takes up to 2048")
+    if channels // heads > 256:
+        reasons.append(f"heads of {channels // heads} channels, it takes up to 256")
+    if rest[3][0].shape[0] == 0:
+        reasons.append("no hidden channel")
+    return reasons
+
+
+def _why_not_cpp(tokens, *rest):
+    parts = [part for pair in rest[:6] for part in pair]
+    reasons = [] if all(part.dtype == torch.float32 for part in (tokens, *parts)) else ["not all is float32"]
+    if not all(part.is_contiguous() for part in parts):
+        reasons.append("a weight that is not contiguous")
+    return reasons
+
+
+register("former", "cpp", _why_not_cpp)
+register("former", "triton", _why_not_triton)
 
 
 def former(
@@ -93,5 +205,12 @@ def former(
                 f"got shapes {list(weight.shape)} and {list(bias.shape)}"
             )
         check_alike(**{"tokens": tokens, f"{name} weight": weight, f"{name} bias": bias})
-    resolve("former", backend, tokens, qkv, out, norm1, up, down, norm2, heads, eps)
-    return former_reference(tokens, qkv, out, norm1, up, down, norm2, heads=heads, eps=eps)
+    # Vectors keep their dtype: they are added to sums in fp32.
+    linears = (qkv, out, up, down)
+    tokens, *weights = follow_autocast(tokens, *(weight for weight, _ in linears))
+    qkv, out, up, down = zip(weights, (bias for _, bias in linears), strict=True)
+    backend = resolve("former", backend, tokens, qkv, out, norm1, up, down, norm2, heads, eps)
+    if backend == "reference":
+        result = former_reference(tokens, qkv, out, norm1, up, down, norm2, heads=heads, eps=eps)
+        return result.to(tokens.dtype)  # on CUDA, autocast has norms in fp32
+    return _former(tokens, *qkv, *out, *norm1, *up, *down, *norm2, heads, float(eps), backend)[0]

@@ -12,10 +12,15 @@ from fusekern.backends import resolve, why_not
 TENSOR = torch.zeros(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_kernels(monkeypatch):
+    """A version that has none; the test's end brings them back."""
+    monkeypatch.setattr(backends, "_kernels", {op: {} for op in backends.OPS})
+
+
 @pytest.fixture
 def cpp(monkeypatch):
-    """A version in which the C++ backend is built; the fixture registers kernels that the test's end takes back."""
-    monkeypatch.setattr(backends, "_kernels", {op: {} for op in backends.OPS})
+    """A version in which the C++ backend is built; the fixture registers kernels."""
     monkeypatch.setitem(backends.BACKENDS, "cpp", backends.Backend("C++", "cpu", ""))
 
     def register(refuse):

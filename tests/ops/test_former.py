@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,3 +76,31 @@ def test_errors_name_the_argument():
         ValueError, match=r"qkv must be a weight \[24, 8\] and a bias \[24\]; got shapes \[8, 8\] and \[24\]"
     ):
         former(tokens, *parts, heads=2)
+
+
+def test_what_the_triton_kernels_cannot_take(monkeypatch):
+    module = sys.modules["fusekern.ops.former"]
+    monkeypatch.setattr(module, "triton_dtypes", lambda tokens: ["its own"])
+
+    def reasons(channels, heads, hidden=4):
+        def pair(*shape):
+            return torch.empty(shape, device="meta"), torch.empty(shape[:1], device="meta")
+
+        linears = pair(3 * channels, channels), pair(channels, channels)
+        rest = pair(channels), pair(hidden, channels), pair(channels, hidden), pair(channels)
+        return module._why_not_triton(torch.empty(1, 2, channels, device="meta"), *linears, *rest, heads, 1e-5)
+
+    assert reasons(2048, 8) == reasons(17, 17) == ["its own"]
+    assert reasons(2064, 16) == ["its own", "2064 channels, it takes up to 2048"]
+    assert reasons(514, 2) == ["its own", "heads of 257 channels, it takes up to 256"]
+    assert reasons(16, 1, hidden=0) == ["its own", "no hidden channel"]
+
+
+def test_autocast_decides_the_dtype():
+    parts = parts_of(torch_layer(32, 2, 64, torch.float32))
+    tokens = torch.randn(2, 9, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = former(tokens, *parts, heads=2)
+    assert result.dtype == torch.bfloat16
+    result.sum().backward()
+    assert all(part.grad.dtype == torch.float32 for pair in parts for part in pair)

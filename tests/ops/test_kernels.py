@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusekern.ops.flops  # noqa: F401
-from fusekern import FusekernError, ops, use_backend
+from fusekern import FusekernError, backends, ops, use_backend
 from fusekern.backends import BACKENDS, resolve, why_not
 from fusekern.ops.conv2former import conv2former_reference
 from fusekern.ops.downsample import downsample_reference, downsampled_size
+from fusekern.ops.former import former_reference
 from fusekern.ops.former2conv import former2conv_reference
 from fusekern.ops.inverted_bottleneck import inverted_bottleneck_reference
 from fusekern.ops.score_map import score_map_reference
@@ -44,7 +45,18 @@ def _of_tensors(block):
     return function
 
 
+def _of_pairs(block):
+    """former as a function of tensors alone: with the weights and biases one after the other."""
+
+    def function(tokens, *parts, heads=2, backend=None):
+        pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+        return block(tokens, *pairs, heads=heads, **({"backend": backend} if backend else {}))
+
+    return function
+
+
 OPS = {
+    "former": (_of_pairs(ops.former), _of_pairs(former_reference)),
     "conv2former": (ops.conv2former, conv2former_reference),
     "former2conv": (ops.former2conv, former2conv_reference),
     "score_map": (ops.score_map, score_map_reference),
@@ -52,9 +64,17 @@ OPS = {
     "inverted_bottleneck": (_of_tensors(ops.inverted_bottleneck), _of_tensors(inverted_bottleneck_reference)),
 }
 every_op = pytest.mark.parametrize("op", OPS)
-# The bottleneck has kinks and means over the whole batch: its parity is in test_inverted_bottleneck_parity.py.
-every_smooth_op = pytest.mark.parametrize("op", [op for op in OPS if op != "inverted_bottleneck"])
+# The bottleneck has kinks and means over the whole batch: its parity is in test_inverted_bottleneck_parity.py. Former
+# is a chain, whose roundings on the way the rule has to count together: see tests/kernels/interpreted_former.py.
+every_smooth_op = pytest.mark.parametrize("op", [op for op in OPS if op not in ("former", "inverted_bottleneck")])
 LAYOUTS = ("plain", "permuted", "sliced", "expanded")
+
+
+@pytest.fixture(autouse=True)
+def _of_kernels_that_there_are(request):
+    asked = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if asked.get("backend") == "cpp" and asked.get("op") in OPS and "cpp" not in backends._kernels[asked["op"]]:
+        pytest.skip(f"{asked['op']} has no C++ kernel")
 
 
 def device_of(backend):
@@ -70,6 +90,10 @@ def make(op, *, batch=2, tokens=19, heads=2, width=32, height=7, breadth=6, devi
     channels = heads * width
     image, text = (batch, channels, height, breadth), (batch, tokens, channels)
     shapes = {
+        "former": [
+            *(text, (3 * channels, channels), (3 * channels,), (channels, channels), *[(channels,)] * 3),
+            *((2 * channels, channels), (2 * channels,), (channels, 2 * channels), *[(channels,)] * 3),
+        ],
         "conv2former": [text, image],
         "former2conv": [image, text, text],
         "score_map": [image, text],
@@ -83,9 +107,12 @@ def make(op, *, batch=2, tokens=19, heads=2, width=32, height=7, breadth=6, devi
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     if op in ("downsample", "inverted_bottleneck"):
         tensors[1] /= 3 * channels**0.5
+    if op == "former":
+        linears = [tensor / channels**0.5 if tensor.dim() == 2 else tensor for tensor in tensors[1:]]
+        tensors[1:] = [(v + 1).bfloat16().double() if v.dim() == 1 else v for v in linears]  # as below
     if op == "inverted_bottleneck":
         tensors[4:] = [(vector + 1).bfloat16().double() for vector in tensors[4:]]  # under autocast they keep fp32
-    keywords = {"heads": heads} if op in ("conv2former", "former2conv") else {}
+    keywords = {"heads": heads} if op in ("conv2former", "former", "former2conv") else {}
     return [tensor.to(device, dtype) for tensor in tensors], keywords
 
 
@@ -232,6 +259,7 @@ def test_registrations_are_sound(op, backend):
         for variant in (tensors, permuted):
             leaves = [tensor.detach().requires_grad_() for tensor in variant]
             extra = {
+                "former": (2, 1e-5, backend),
                 "conv2former": (2, 0.2, backend),
                 "former2conv": (2, 0.2, backend),
                 "score_map": (True, True, backend),
@@ -333,8 +361,9 @@ def test_what_is_not_finite_stays_where_it_belongs(op, backend, value):
         if op == "inverted_bottleneck":
             keywords = {"batch": False}  # a mean over the batch has it everywhere
         picture = 1 if op == "conv2former" else 0
-        tensors[picture] = tensors[picture].contiguous(memory_format=layout)
-        tensors[picture][1, 3, 4, 5] = value
+        if op != "former":
+            tensors[picture] = tensors[picture].contiguous(memory_format=layout)
+        tensors[picture][(1, 3, 4, 5)[: tensors[picture].dim()]] = value
         result = OPS[op][0](*tensors, backend=backend, **keywords)
         wanted = OPS[op][1](*tensors, **keywords)
         assert torch.equal(result.isfinite(), wanted.isfinite())
@@ -397,6 +426,7 @@ def test_operations_are_counted_by_hand(op, backend):
         op, batch=batch, tokens=tokens, width=width, height=height, breadth=breadth, device=device_of(backend)
     )
     forward = {
+        "former": 2 * batch * tokens * 8 * channels * channels + 4 * batch * tokens * tokens * channels,
         "conv2former": 4 * batch * pixels * tokens * channels,
         "former2conv": 4 * batch * pixels * tokens * channels,
         "score_map": 2 * batch * pixels * tokens * channels,
@@ -444,6 +474,7 @@ def test_auto_never_takes_a_kernel_that_cannot_run(op, backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         tensors, keywords = make(op, device=device_of(backend), dtype=dtype)
         arguments = {
+            "former": (tensors[0], *zip(tensors[1::2], tensors[2::2], strict=True), 2, 1e-5),
             "conv2former": (*tensors, 2, None),
             "former2conv": (*tensors, 2, None),
             "score_map": (*tensors, True, False),

@@ -4,7 +4,7 @@
 // strides, are multiplied with it. Each sum runs in one order, whatever the sizes around it.
 #pragma once
 
-#include "inverted_bottleneck.h"
+#include "matrix_product.h"
 #include "simd.h"
 
 namespace fusekern::FUSEKERN_ISA {
@@ -76,7 +76,7 @@ FUSEKERN_INLINE void tile_of(int64_t rows, Rest... rest) {
 }
 
 // Terms `begin` to `end` of the columns of a panel, with zeros beyond the last.
-static void pack(const BottleneckProduct& p, int64_t column, int64_t columns, int64_t begin, int64_t end, float* to) {
+static void pack(const MatrixProduct& p, int64_t column, int64_t columns, int64_t begin, int64_t end, float* to) {
   const float* const from = p.b + column * p.b_column;
   const Lanes low = first(columns), high = first(columns - W);
   if (p.b_column == 1) {
@@ -97,7 +97,7 @@ static void pack(const BottleneckProduct& p, int64_t column, int64_t columns, in
 }
 
 // A share of the next panel.
-static Ahead ahead_of(const BottleneckProduct& p, int64_t column, int64_t begin, int64_t end, int64_t part,
+static Ahead ahead_of(const MatrixProduct& p, int64_t column, int64_t begin, int64_t end, int64_t part,
                       int64_t parts) {
   const int64_t terms = end - begin, columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
   if (columns <= 0) return {p.b, 0, 1, 0, 0};
@@ -111,9 +111,9 @@ static Ahead ahead_of(const BottleneckProduct& p, int64_t column, int64_t begin,
 
 }  // namespace product
 
-int64_t bottleneck_product_floats() { return 2 * W * product::TERMS; }
+int64_t matrix_product_floats() { return 2 * W * product::TERMS; }
 
-void bottleneck_product(const BottleneckProduct& p, float* packed) {
+void matrix_product(const MatrixProduct& p, float* packed) {
   using namespace product;
   int64_t begin = 0;
   for (int64_t blocks = (p.terms + TERMS - 1) / TERMS; blocks > 0; --blocks) {

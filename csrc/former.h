@@ -1,0 +1,40 @@
+// former: what former.cpp hands to its bodies. All is fp32, rows of matrices lie one after the other.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu.h"
+
+namespace fusekern {
+
+// Layer norm of some rows.
+struct FormerNorm {
+  int64_t rows, C;
+  const float *x, *gain, *shift;
+  float eps;
+  float *mean, *rstd;  // [rows]
+  bool known;          // the last two, else they are results
+  float* out;          // [rows][C]
+};
+
+struct FormerNormBackward {
+  int64_t rows, C;
+  const float *grad, *x, *mean, *rstd, *gain;
+  float* dx;              // [rows][C]
+  float *dgain, *dshift;  // [C], added to
+};
+
+FUSEKERN_BODY(
+    void former_norm(const FormerNorm& norm);
+    void former_norm_bwd(const FormerNormBackward& norm);
+    void former_gelu(const float* x, int64_t count, float* out);
+    // d *= gelu'(x)
+    void former_gelu_bwd(const float* x, int64_t count, float* d);
+    // Rows of scores become softmax(scale scores); lse: the logarithms of their sums.
+    void former_softmax(float* scores, int64_t rows, int64_t columns, float scale, float* lse);
+    // d becomes the gradient of the scores, from that of their softmax p.
+    void former_softmax_bwd(const float* p, int64_t rows, int64_t columns, float scale, float* d);
+    // sums [columns] of x [rows][columns]
+    void former_sum(const float* x, int64_t rows, int64_t columns, int64_t ld, float* sums);)
+
+}  // namespace fusekern

@@ -1,0 +1,79 @@
+// What follows the product of a linear layer: the bias, a residual, GELU.
+#pragma once
+
+#include "matrix_product.h"
+#include "simd.h"
+
+namespace fusekern::FUSEKERN_ISA {
+
+namespace text {
+
+constexpr float LOG2E = 0x1.715476p0f, LN2 = 0x1.62e43p-1f;
+
+FUSEKERN_INLINE V exponential(V x) { return exp2(x * set1(LOG2E)); }
+
+FUSEKERN_INLINE V pick(Bits which, V a, V b) { return (V)(((Bits)a & which) | ((Bits)b & ~which)); }
+
+// Within 7e-8. Below 1 x times a polynomial in x^2; above, 1 - exp(-x q(x)). Both fitted to the least largest error.
+FUSEKERN_INLINE V erf(V x) {
+  const Bits sign = (Bits)x & (Bits)set1(-0.f);
+  const V size = (V)((Bits)x ^ sign), s = x * x;
+  V p = set1(7.88911763e-05f);
+  p = fma(p, s, set1(-0.000802084071f));
+  p = fma(p, s, set1(0.00518953528f));
+  p = fma(p, s, set1(-0.0268544446f));
+  p = fma(p, s, set1(0.112836002f));
+  p = fma(p, s, set1(-0.376126271f));
+  p = fma(p, s, set1(0.128379166f));
+  const V t = min(set1(4.f), size);
+  V q = set1(2.9315557e-06f);
+  q = fma(q, t, set1(-2.07702025e-05f));
+  q = fma(q, t, set1(-0.000178102951f));
+  q = fma(q, t, set1(0.00329177239f));
+  q = fma(q, t, set1(-0.0232713251f));
+  q = fma(q, t, set1(0.105841831f));
+  q = fma(q, t, set1(0.635319712f));
+  q = fma(q, t, set1(1.12861946f));
+  const V far = set1(1.f) - exponential(zero() - q * t);
+  return pick((Bits)(size >= set1(1.f)), (V)((Bits)far | sign), fma(p, x, x));  // NaN is not >= 1
+}
+
+FUSEKERN_INLINE V gelu(V x) { return set1(0.5f) * x * (set1(1.f) + erf(x * set1(0x1.6a09e6p-1f))); }
+
+FUSEKERN_INLINE V gelu_slope(V x) {
+  const V below = set1(0.5f) * (set1(1.f) + erf(x * set1(0x1.6a09e6p-1f)));
+  return fma(x * set1(0.39894228f), exponential(set1(-0.5f) * x * x), below);
+}
+
+// f(i, lanes) for the vectors of `count` numbers.
+template <class F>
+FUSEKERN_INLINE void each(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) f(i, first(W));
+  if (i < count) f(i, first(count - i));
+}
+
+}  // namespace text
+
+void linear_finish(const LinearFinish& f) {
+  using namespace text;
+  for (int64_t c = 0; c < f.columns; c += W) {
+    const Lanes across = first(f.columns - c);
+    const V bias = f.bias == nullptr ? zero() : load(f.bias + c, across);
+    for (int64_t r = 0; r < f.rows; r += W) {
+      const Lanes down = first(f.rows - r);
+      V block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = c + i < f.columns ? load(f.product + (c + i) * f.rows + r, down) : zero();
+      transpose(block);
+      for (int64_t i = 0; i < W && r + i < f.rows; ++i) {
+        V x = block[i] + bias;
+        if (f.residual != nullptr) x = x + load(f.residual + (r + i) * f.residual_ld + c, across);
+        store(f.out + (r + i) * f.ld + c, x, across);
+        if (f.activated != nullptr) store(f.activated + (r + i) * f.ld + c, gelu(x), across);
+      }
+    }
+  }
+}
+
+}  // namespace fusekern::FUSEKERN_ISA

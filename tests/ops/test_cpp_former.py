@@ -1,0 +1,183 @@
+"""The C++ kernel of former itself, below what the op checks, allocates and chooses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from walls import empty, walls_stand
+
+from fusekern.extensions import load
+from fusekern.ops.former import former_reference
+from fusekern.testing import assert_parity
+
+if load("_C"):
+    pytest.skip(f"the C++ module is not there: {load('_C')}", allow_module_level=True)
+
+import fusekern._C as extension
+
+kernels = torch.ops.fusekern_cpp
+EPS = 1e-3
+# texts, tokens, channels, hidden, heads: odd on every vector's width, more rows than a block, heads of one channel
+SHAPES = [
+    (1, 1, 4, 4, 1),
+    (2, 5, 16, 32, 2),
+    (3, 7, 21, 33, 3),
+    (2, 37, 40, 80, 40),
+    (1, 150, 64, 128, 4),
+    (4, 160, 24, 50, 1),
+]
+
+
+def make(batch, count, channels, hidden, offset=0.0):
+    def parameters(*size):
+        return torch.randn(size) * size[-1] ** -0.5, 0.1 * torch.randn(size[0])
+
+    def norm():
+        return 1 + 0.1 * torch.randn(channels), 0.1 * torch.randn(channels)
+
+    tokens = torch.randn(batch, count, channels) + offset
+    linears = ((3 * channels, channels), (channels, channels), (hidden, channels), (channels, hidden))
+    qkv, out, up, down = (parameters(*size) for size in linears)
+    return tokens, [*qkv, *out, *norm(), *up, *down, *norm()], torch.randn(batch, count, channels)
+
+
+def run_all(tokens, parts, grad, heads):
+    """What the forward fills and all gradients, each between walls."""
+    batch, count, channels = tokens.shape
+    hidden = parts[6].shape[0]
+    sizes = (channels, 3 * channels, channels, None, channels, hidden, channels)
+    saved = [empty((batch, heads, count) if size is None else (batch, count, size), torch.float32) for size in sizes]
+    saved.append(empty((4, batch * count), torch.float32))
+    kernels.former_fwd(tokens, *parts, heads, EPS, *saved)
+    gradients = [empty(tensor.shape, torch.float32) for tensor in (tokens, *parts)]
+    qkv, _, out, _, gain1, shift1, up, _, down, _, gain2, _ = parts
+    kernels.former_bwd(grad, tokens, qkv, out, gain1, shift1, up, down, gain2, *saved[1:], heads, *gradients)
+    for tensor in (*saved, *gradients):
+        assert walls_stand(tensor)
+    return saved, gradients
+
+
+def run(*arguments):
+    """The output and all gradients."""
+    saved, gradients = run_all(*arguments)
+    return saved[0], *gradients
+
+
+def reference(tokens, parts, grad, heads, dtype):
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (tokens, *parts)]
+    pairs = list(zip(leaves[1::2], leaves[2::2], strict=True))
+    out = former_reference(leaves[0], *pairs, heads=heads, eps=EPS)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+
+def judge(tokens, parts, grad, heads):
+    peers = [reference(tokens, parts, grad, heads, torch.float32)]
+    truth = reference(tokens, parts, grad, heads, torch.float64)
+    for i, (found, peer, right) in enumerate(zip(run(tokens, parts, grad, heads), *peers, truth, strict=True)):
+        assert_parity(found, [peer], right, gradient=i > 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape):
+    torch.manual_seed(0)
+    *sizes, heads = shape
+    judge(*make(*sizes), heads)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
+def test_strides(layout):
+    """Tokens that are no dense matrix give, bit for bit, what their copy gives."""
+    torch.manual_seed(0)
+    tokens, parts, grad = make(3, 6, 20, 24)
+    if layout == "expanded":
+        tokens, grad = tokens[:1].expand(3, -1, -1), grad[:, :1].expand(-1, 6, -1)
+    elif layout == "sliced":
+        tokens = torch.randn(4, 9, 30)[1:, 2:8, 5:25]
+    else:
+        tokens, grad = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (tokens, grad))
+    for found, right in zip(
+        run(tokens, parts, grad, 4), run(tokens.contiguous(), parts, grad.contiguous(), 4), strict=True
+    ):
+        assert torch.equal(found, right)
+
+
+def test_large_scores_and_far_means():
+    torch.manual_seed(0)
+    tokens, parts, grad = make(2, 9, 16, 32, offset=30.0)
+    parts[0] = parts[0] * 8  # nearly one token takes all the weight
+    out, *gradients = run(tokens, parts, grad, 2)
+    right = reference(tokens, parts, grad, 2, torch.float64)
+    plain = reference(tokens, parts, grad, 2, torch.float32)
+    for found, peer, exact in zip((out, *gradients), plain, right, strict=True):
+        assert (found - exact).norm() <= 3 * (peer - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_the_whole_range_of_gelu():
+    """Behind zeros and a weight that is the identity GELU and its slope are seen alone."""
+    x = torch.cat([torch.linspace(-14, 14, 505), torch.tensor([0.0, -0.0, 1.0, -1.0, 0.99999994, 1e-30, -1e-3])])
+    n, zeros = len(x), torch.zeros(len(x))
+    parts = [torch.zeros(3 * n, n), torch.zeros(3 * n), torch.zeros(n, n), zeros, zeros, zeros]
+    parts += [torch.zeros(n, n), x, torch.eye(n), zeros, zeros + 1, zeros]
+    saved, gradients = run_all(torch.zeros(1, 1, n), parts, torch.randn(1, 1, n), 1)
+    exact = x.double().requires_grad_()
+    right = torch.nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(right.sum(), exact)
+    found = saved[6].flatten()
+    assert (found - right).abs().max() <= 4e-7 and ((found - right).abs() <= 2e-7 * right.abs() + 2e-7 * x.abs()).all()
+    dhidden, dsums = gradients[8].double(), gradients[10].double()
+    assert ((dhidden - slope * dsums).abs() <= 4e-7 * dsums.abs().max()).all()
+
+
+def test_a_nan_stays_in_its_text():
+    torch.manual_seed(0)
+    tokens, parts, grad = make(2, 6, 16, 32)
+    tokens[0, 3, 5] = float("nan")
+    out, dtokens, *rest = run(tokens, parts, grad, 2)
+    assert out[0].isnan().all() and dtokens[0].isnan().all()
+    assert out[1].isfinite().all() and dtokens[1].isfinite().all()
+    assert rest[0].isnan().any()
+
+
+def test_bits_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    tokens, parts, grad = make(5, 150, 48, 300)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(tokens, parts, grad, 3)
+        torch.set_num_threads(2)
+        two = run(tokens, parts, grad, 3)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refuses_what_does_not_fit():
+    tokens, parts, grad = make(1, 4, 8, 16)
+    parts[6] = parts[6].t().contiguous().t()
+    with pytest.raises(RuntimeError, match="up_weight must be contiguous"):
+        run(tokens, parts, grad, 2)
+    tokens, parts, grad = make(1, 4, 8, 16)
+    with pytest.raises(RuntimeError, match="heads must divide C"):
+        run(tokens, parts, grad, 3)
+    with pytest.raises(RuntimeError, match="has another dtype"):
+        run(tokens.double(), parts, grad, 2)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa):
+    """The tests above once more for those that this CPU has, each in a process of its own."""
+    isas = extension.build_info()["isas"]
+    if "FUSEKERN_CPU_CAPABILITY" in os.environ or isas.index(isa) >= isas.index(extension.cpu_capability()):
+        pytest.skip("it is tested in this process, or this CPU lacks it")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    environment = {**os.environ, "FUSEKERN_CPU_CAPABILITY": isa}
+    done = subprocess.run(
+        [*command, "-k", "not other_instruction_sets"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
