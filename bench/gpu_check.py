@@ -31,7 +31,7 @@ from bench import report
 from bench.common import STOPPED
 from fusekern import ops
 
-OPS = ("former2conv", "conv2former", "score_map", "downsample", "inverted_bottleneck")
+OPS = ("layer", "former2conv", "conv2former", "score_map", "downsample", "inverted_bottleneck", "former")
 # Tests of training, data and command line, and what must be installed for them.
 SEG_TESTS = ("data", "engine", "models", "test_cli.py", "test_recipes.py", "test_viz.py")
 SEG_MODULES = (
@@ -103,6 +103,9 @@ def stages(out: Path) -> list[Stage]:
             else:
                 compiled = (*bench, "--shapes", "compile", "--dtypes", "bfloat16", "--layouts", "channels_last")
                 found.append(Stage(f"{op}-compile", ((*compiled, "--compile"),), 400, wrap_up=120))
+    model = (python, "-m", "bench.model", *measure, str(out / "model.json"))
+    missing = f"{', '.join(absent)} not installed" if set(absent) & {"timm", "open_clip", "jsonargparse"} else ""
+    found.append(Stage("model", (model,), 180, missing))
     return found
 
 

@@ -42,6 +42,7 @@ class Training(Case):
 
     name = op = "layer"
     training = True
+    spread = 0.4  # of what goes into ReLU6, around 3
     attention = True
     kernels = {"cpu": "auto", "cuda": "auto"}
     shapes = SHAPES
@@ -57,7 +58,7 @@ class Training(Case):
 
     def scaled(self, name, tensor):
         if "bottleneck.norm1" in name or "bottleneck.norm2" in name:
-            return 0.4 + 0.01 * tensor if name.endswith("weight") else 3 + 0.1 * tensor
+            return self.spread * (1 + 0.025 * tensor) if name.endswith("weight") else 3 + 0.1 * tensor
         if "norm" in name or name.endswith("bias"):
             return 0.1 * tensor + (1 if name.endswith("weight") else 0)
         return super().scaled(name, tensor)
@@ -114,6 +115,7 @@ class Inference(Training):
 
     name = "layer inference"
     training = False
+    spread = 0.1  # of what has more than unit variance, block after block
 
     def onnx(self, shape, tensors, channels_last, fed, size):
         image, text = (tensors[name].contiguous() for name in self.fed)

@@ -4,7 +4,7 @@
     python -m bench.page --check    # exit code 1 if a page says something else
 
 A page holds a block for each result, between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->``, where FILE is
-that of ``bench/results`` without its ending, or ``goals``. What stands between them is made here.
+that of ``bench/results`` without its ending, ``goals`` or ``headlines``. What stands between them is made here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from bench import numerics, report
 
 RESULTS = report.ROOT / "bench" / "results"
-PAGES = (report.ROOT / "docs" / "performance.md", report.ROOT / "docs" / "numerics.md")
+PAGES = tuple(report.ROOT / name for name in ("README.md", "docs/performance.md", "docs/numerics.md"))
 BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 PEERS = {
     "reference": "reference",
@@ -44,24 +44,57 @@ GOALS = (
     ("inverted_bottleneck-cpu", "inverted_bottleneck inference", "1,512,16,6", FIRST, "eager", 1.3),
     ("inverted_bottleneck-cpu", "inverted_bottleneck inference", "1,512,16,6", FIRST, "onnxruntime", 0.97),
     ("inverted_bottleneck-cpu", "inverted_bottleneck inference", "1,256,128,2", FIRST, "onnxruntime", 1.3),
+    ("layer-cpu", "layer inference", "1,512,16,150", FIRST, "eager", 1.3),
+    ("layer-cpu", "layer inference", "1,512,16,150", FIRST, "onnxruntime", 1.0),
+    ("layer-cpu", "layer", "1,512,16,150", BOTH, "eager", 1.25),
 )
+# What the README shows: words, file, cases of inference and of training, shape.
+HEADLINES = (
+    ("the layer, six blocks, C = 512, 16x16, 150 classes", "layer-cpu", "layer inference", "layer", "1,512,16,150"),
+    ("the layer, six blocks, C = 256, 64x64, 19 classes", "layer-cpu", "layer inference", "layer", "1,256,64,19"),
+    ("`former2conv`, C = 256, 64x64, 19 classes", "former2conv-cpu", "former2conv", "former2conv", "1,256,64,19"),
+    ("`former`, C = 512, 150 classes", "former-cpu", "former", "former", "1,512,0,150"),
+)
+
+
+def ratio_of(name: str, case: str, shape: str, which: str, peer: str) -> float:
+    """How many times as long a peer takes, in fp32 and channels_last.
+
+    Raises:
+        SystemExit: the result does not tell.
+    """
+    for row in load(name)["rows"]:
+        found = row.get("ratio", {}).get(which, {}).get(peer)
+        if found and (row["case"], row["shape"], row["dtype"], row["layout"]) == (
+            case,
+            shape,
+            "float32",
+            "channels_last",
+        ):
+            return found
+    raise SystemExit(f"{name}.json does not tell {case} {shape} from {peer}")
 
 
 def goals() -> list[str]:
     """What was aimed at beside what was measured."""
     lines = ["| case | B,C,H,K | pass | peer | goal | measured | |", "|---|---|---|---|---|---|---|"]
     for name, case, shape, which, peer, goal in GOALS:
-        rows = [
-            row
-            for row in load(name)["rows"]
-            if (row["case"], row["shape"], row["dtype"], row["layout"]) == (case, shape, "float32", "channels_last")
-        ]
-        if not rows or peer not in rows[0].get("ratio", {}).get(which, {}):
-            raise SystemExit(f"{name}.json does not tell {case} {shape} from {peer}")
-        found = rows[0]["ratio"][which][peer]
+        found = ratio_of(name, case, shape, which, peer)
         met = "met" if found >= goal else "missed"
         cells = [case, shape, which.replace("_", "+"), PEERS[peer], f"{goal:.2f}x", f"{found:.2f}x", met]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def headlines() -> list[str]:
+    """What the README shows a newcomer."""
+    cpu = load("layer-cpu")["device"].split(",")[0]
+    lines = [f"One thread of an {cpu}, fp32, one image. How many times as long the others take:", ""]
+    lines += ["| | inference: eager | ONNX Runtime | training: eager |", "|---|---|---|---|"]
+    for words, name, inference, training, shape in HEADLINES:
+        ratios = [ratio_of(name, inference, shape, FIRST, peer) for peer in ("eager", "onnxruntime")]
+        ratios.append(ratio_of(name, training, shape, BOTH, "eager"))
+        lines.append(f"| {' | '.join([words, *(f'{ratio:.2f}x' for ratio in ratios)])} |")
     return lines
 
 
@@ -108,11 +141,14 @@ def load(name: str) -> dict:
 
 
 def figures(name: str) -> str:
-    """What belongs into the block of a result, or of the goals."""
-    if name == "goals":
-        return "\n".join(["", *goals(), ""])
+    """What belongs into the block of a result, of the goals or of the headlines."""
+    if name in ("goals", "headlines"):
+        return "\n".join(["", *{"goals": goals, "headlines": headlines}[name](), ""])
     result = load(name)
-    lines = numerics.table(result["rows"]) if result["op"] == "numerics" else speeds(result)
+    if result["op"] in ("numerics", "model"):
+        lines = {"numerics": numerics.table, "model": report.model_lines}[result["op"]](result["rows"])
+    else:
+        lines = speeds(result)
     return "\n".join([origin(result), "", *lines, ""])
 
 

@@ -127,6 +127,11 @@ def _rounded(value):
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
+def short(dtype: torch.dtype) -> str:
+    """``"bf16"``"""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 def head(contenders: Iterable[str]) -> list[str]:
     """The table's head; times in ms, those of others with their ratio to fusekern's."""
     titles = ["case", "B,C,H,K", "heads", "dtype", "layout", "pass", "auto", "fusekern", "of roofline"]
@@ -168,6 +173,21 @@ def memory_lines(rows: Iterable[dict]) -> list[str]:
             cells += ["-" if figure is None else f"{figure / 1e6:.2f}" for figure in figures]
             found.append(f"| {' | '.join(cells)} |")
     return found
+
+
+def model_lines(rows: Iterable[dict]) -> list[str]:
+    """Of ``bench.model``: images a second, and how many times as fast the fast layer makes the guided model."""
+    names = ("vanilla", "reference", "auto")
+    titles = ["batch", "size", "", "pass", *names, "auto over reference", "auto over vanilla"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in rows:
+        for which in ("inference", "training"):
+            rates = {name: row["batch"] / row[which][name][row["statistic"]] for name in names}
+            cells = [str(row["batch"]), str(row["size"]), row["dtype"], which]
+            cells += [f"{rate:.3g}/s" for rate in rates.values()]
+            cells += [f"{rates['auto'] / rates[other]:.2f}x" for other in ("reference", "vanilla")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def slower_than_reference(rows: Iterable[dict]) -> list[str]:

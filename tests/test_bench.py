@@ -11,9 +11,11 @@ from bench import (
     common,
     conv2former,
     downsample,
+    former,
     former2conv,
     gpu_check,
     inverted_bottleneck,
+    layer,
     numerics,
     page,
     peers,
@@ -24,7 +26,8 @@ from bench.case import LAYOUTS, Shape, lay_out, make
 from bench.timing import Burst, Ceilings, interleaved, rotation
 
 MODULES = {
-    module.CASES[0].op: module for module in (former2conv, conv2former, score_map, downsample, inverted_bottleneck)
+    module.CASES[0].op: module
+    for module in (former2conv, conv2former, score_map, downsample, inverted_bottleneck, former, layer)
 }
 ALL_CASES = [case for module in MODULES.values() for case in module.CASES]
 TINY = ["--quick", "--backend", "reference", "--seconds-a-pass", "0.01", "--shapes", "1,128,9,5"]
@@ -34,14 +37,23 @@ FAST = ["--peers", "reference", "eager"]
 @pytest.fixture(autouse=True)
 def _leave_the_process_as_it_was(monkeypatch):
     monkeypatch.setattr(common, "keep_freed_memory", lambda: False)
+    monkeypatch.setattr(layer, "BLOCKS", 1)
+    forget_layers()
     known = Ceilings("cpu", {1: 1e10}, {"float32": 1e11, "bfloat16": 1e11})
     monkeypatch.setattr(known, "measure", lambda *_: None)
     monkeypatch.setattr(common, "Ceilings", lambda device: known)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     benchmark, tf32 = cudnn.benchmark, cudnn.allow_tf32
     yield
+    forget_layers()
     torch.set_num_threads(threads)
     cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
+
+
+def forget_layers() -> None:
+    layer.parameters_of.cache_clear()
+    for case in layer.CASES:
+        case.layers.clear()
 
 
 def run(op: str, out, *options: str) -> tuple[int, dict]:
@@ -60,7 +72,7 @@ def test_a_run_writes_what_it_promises(op, tmp_path, capsys):
     table = capsys.readouterr().out
     for row in found["rows"]:
         assert row["heads"] == 2 and row["dtype"] == "float32" and row["layout"] in LAYOUTS
-        assert row["auto"] in ("reference", "cpp") and row["wrong"] == [] and row["not"] == {}
+        assert row["auto"] in ("reference", "cpp", "auto") and row["wrong"] == [] and row["not"] == {}
         for which in ("forward", "forward_backward"):
             assert set(row[which]) == {"fusekern", "reference", "eager"}
             for name, times in row[which].items():
@@ -182,7 +194,10 @@ def test_flops_are_those_of_the_products_that_the_reference_makes(case):
         out = case.reference(shape, *leaves)
     with FlopCounterMode(display=False) as backward:
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-    if case.op == "inverted_bottleneck":  # torch counts the depthwise weight's gradient as if there were no groups
+    if case.op in (
+        "inverted_bottleneck",
+        "layer",
+    ):  # torch counts the depthwise weight's gradient as if there were no groups
         assert case.flops(shape) == (forward.get_total_flops(), 2 * forward.get_total_flops())
     else:
         assert case.flops(shape) == (forward.get_total_flops(), backward.get_total_flops())
@@ -252,7 +267,7 @@ def test_timing_tells_slow_from_fast():
     assert rotation("cpu", 10) == 1
 
 
-INFERRED = [case for case in ALL_CASES if case.name != "inverted_bottleneck"]
+INFERRED = [case for case in ALL_CASES if case.name not in ("inverted_bottleneck", "layer")]
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -260,7 +275,7 @@ INFERRED = [case for case in ALL_CASES if case.name != "inverted_bottleneck"]
 def test_engines_compute_the_same(engine, case):
     pytest.importorskip("onnx")
     pytest.importorskip(engine)
-    for size, layout in ((9, "channels_last"), (10, "channels_last"), (10, "NCHW")):
+    for size, layout in ((9, "channels_last"), (10, "channels_last"), (10, "NCHW"))[: 1 if case.op == "layer" else 3]:
         shape = Shape(2, 128, size, 5)
         tensors = {name: lay_out(tensor, layout) for name, tensor in make(case, shape, torch.float32, "cpu").items()}
         call = peers.build(engine, case, shape, tensors, layout == "channels_last", "reference").call
@@ -279,7 +294,7 @@ def test_numerics_tell_errors_and_break_on_a_wrong_kernel(tmp_path, monkeypatch,
     options = ["--quick", "--backends", "reference", "--dtypes", "float32", "--out", str(tmp_path / "found.json")]
     assert numerics.main(options) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {row["op"] for row in found["rows"]} == set(MODULES)
+    assert {row["op"] for row in found["rows"]} == set(MODULES) - {"layer"}
     assert {row["tensor"] for row in found["rows"] if row["op"] == "downsample"} == {
         "out",
         "dimage",
@@ -373,7 +388,7 @@ def test_gpu_check_lists_its_stages(capsys, monkeypatch):
     text = capsys.readouterr().out
     names = [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")]
     assert names[:7] == ["environment", "build", "kernels", "tests", "memcheck", "racecheck", "numerics"]
-    assert names[7:] == [f"{op}-{kind}" for kind in ("headline", "rest", "compile") for op in gpu_check.OPS]
+    assert names[7:] == [f"{op}-{kind}" for kind in ("headline", "rest", "compile") for op in gpu_check.OPS] + ["model"]
     assert "--no-build-isolation --no-deps" in text and str(report.ROOT) not in text
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name in ("open_clip", "xdist") else object())
     gpu_check.main(["--dry-run", "--stage", "tests"])

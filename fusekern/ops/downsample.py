@@ -114,8 +114,8 @@ def _why_slow_cpp(image, weight, bias, pad):
     if torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad):
         return []
     if image.dtype == torch.float32:
-        slow = last and patches > image.shape[1]
-        return ["without gradients oneDNN is faster on many patches in channels_last"] if slow else []
+        many = patches > image.shape[1]
+        return ["without gradients oneDNN is faster on more patches than channels"] if many else []
     few = last and image.shape[1] >= 512 and 2 * patches <= image.shape[1]
     return [] if few else ["without gradients oneDNN's convolution is as fast in bf16"]
 

@@ -48,7 +48,7 @@ _SAVED = "Tensor qkv, Tensor mixed, Tensor lse, Tensor sums1, Tensor hidden, Ten
 
 
 def _empty(tokens: Tensor, up_weight: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """The result and what the backward needs: two thirds of it are the products' results before softmax and GELU."""
+    """The result and what the backward needs: 6 C + F numbers for a token, and a few in fp32."""
     batch, count, channels = tokens.shape
     return (
         empty_tokens(tokens),

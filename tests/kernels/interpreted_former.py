@@ -185,7 +185,7 @@ def test_a_mean_far_from_zero():
     judge(*make((1, 40, 5, 64, 64, "plain"), torch.float32, offset=300.0), 5)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
 def test_vectors_of_another_dtype(case):
     """Beside tokens of 16 bits, as autocast leaves them."""
     grad, tensors = make(case, torch.float16)
@@ -218,7 +218,7 @@ def test_nan_stays_in_its_batch(where, dtype):
     assert bool(truth["out"].isnan().any()) == (where == "tokens") and not truth["out"][0].isnan().any()
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[5], CASES[6]], ids=str)
 def test_same_bits_again(case):
     grad, tensors = make(case, DTYPES[-1])
     first = run(grad, tensors, case[2])

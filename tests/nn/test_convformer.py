@@ -221,8 +221,8 @@ def test_presets():
 
 def test_backend_reaches_every_op():
     image, text = inputs()
-    with pytest.raises(FusekernError, match="backend 'cpp' cannot run"):
-        small(backend="cpp")(image, text)
+    with pytest.raises(FusekernError, match="backend 'cuda' cannot run"):
+        small(backend="cuda")(image, text)
     with use_backend("triton"):
         small(backend="reference")(image, text)
         with pytest.raises(FusekernError, match="backend 'triton' cannot run"):
