@@ -11,6 +11,11 @@ def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
     return _dtypes(first, torch.float32, torch.bfloat16)
 
 
+def cpp_fp32(first: Tensor, *rest: object) -> list[str]:
+    """Of C++ kernels whose products are all their own: PyTorch's in bf16 are faster."""
+    return _dtypes(first, torch.float32)
+
+
 def triton_dtypes(first: Tensor, *rest: object) -> list[str]:
     """The Triton kernels need tensor cores that know bf16, and accumulate in fp32."""
     reasons = _dtypes(first, torch.float32, torch.bfloat16, torch.float16)

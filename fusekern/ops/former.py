@@ -9,7 +9,7 @@ from torch import Tensor
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
 from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
-from fusekern.ops._limits import triton_dtypes
+from fusekern.ops._limits import cpp_fp32, triton_dtypes
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
 
@@ -136,9 +136,11 @@ def _why_not_triton(tokens, *rest):
 
 def _why_not_cpp(tokens, *rest):
     parts = [part for pair in rest[:6] for part in pair]
-    reasons = [] if all(part.dtype == torch.float32 for part in (tokens, *parts)) else ["not all is float32"]
+    reasons = cpp_fp32(tokens)
+    if not reasons and any(part.dtype != torch.float32 for part in parts):
+        reasons.append("parameters that are not float32")
     if not all(part.is_contiguous() for part in parts):
-        reasons.append("a weight that is not contiguous")
+        reasons.append("parameters that are not contiguous")
     return reasons
 
 
