@@ -152,8 +152,9 @@ void forward(const Downsample& op, const Tensor& weight, const std::optional<Ten
   if (own_product(op)) {
     const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
     const Tensor matrix = rows_of(weight);
+    const Tensor vector = bias ? torch::stable::contiguous(*bias) : matrix;
     linear(op.patches(), op.C, 9 * op.C, {floats(patches), 9 * op.C, 1}, floats(matrix),
-           bias ? floats(*bias) : nullptr, nullptr, floats(rows), nullptr);
+           bias ? floats(vector) : nullptr, nullptr, floats(rows), nullptr);
   } else {
     call_out("aten::linear", patches, rows_of(weight), bias, rows);
   }
