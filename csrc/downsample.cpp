@@ -125,8 +125,10 @@ void copy_tokens(const Downsample& op, const Map& map, const Tensor& rows) {
   });
 }
 
-// Does a product of ours do better than torch's?
-bool own_product(const Downsample& op) { return !op.bf16 && cpu_isa() != Isa::baseline; }
+// Does a product of ours do better than torch's? Not where there is little to multiply.
+bool own_product(const Downsample& op) {
+  return !op.bf16 && cpu_isa() != Isa::baseline && op.patches() * 9 * op.C * op.C >= 1 << 20;
+}
 
 // ---- the op ------------------------------------------------------------------------------------------------------
 
