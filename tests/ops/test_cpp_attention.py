@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from walls import channels_last, empty, walls_stand
 
+from fusekern.extensions import load
 from fusekern.ops.conv2former import conv2former_reference
 from fusekern.ops.former2conv import former2conv_reference
 from fusekern.testing import assert_parity
 
-try:
-    import fusekern._C as extension
-except ImportError as error:
-    pytest.skip(f"the C++ module is not built: {error}", allow_module_level=True)
+if load("_C"):
+    pytest.skip(f"the C++ module is not there: {load('_C')}", allow_module_level=True)
+
+import fusekern._C as extension
 
 kernels = torch.ops.fusekern_cpp
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from instruction_sets import run_again
 from torch import Tensor
 from walls import channels_last, empty, lay_out, walls_stand
 
@@ -16,6 +17,8 @@ from fusekern.testing import assert_parity
 
 if load("_C"):
     pytest.skip(f"the C++ module is not there: {load('_C')}", allow_module_level=True)
+
+import fusekern._C as extension
 
 kernels = torch.ops.fusekern_cpp
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -167,3 +170,8 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(RuntimeError):
             kernels.downsample_fwd(*arguments)
+
+
+@pytest.mark.parametrize("isa", extension.build_info()["isas"])
+def test_other_instruction_sets(isa):
+    run_again(__file__, isa)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import run_again
 from walls import empty, walls_stand
 
 from fusekern.extensions import load
@@ -169,15 +166,6 @@ def test_refuses_what_does_not_fit():
         run(tokens.double(), parts, grad, 2)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", extension.build_info()["isas"])
 def test_other_instruction_sets(isa):
-    """The tests above once more for those that this CPU has, each in a process of its own."""
-    isas = extension.build_info()["isas"]
-    if "FUSEKERN_CPU_CAPABILITY" in os.environ or isas.index(isa) >= isas.index(extension.cpu_capability()):
-        pytest.skip("it is tested in this process, or this CPU lacks it")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {**os.environ, "FUSEKERN_CPU_CAPABILITY": isa}
-    done = subprocess.run(
-        [*command, "-k", "not other_instruction_sets"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    run_again(__file__, isa)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
+from instruction_sets import run_again
 from torch import Tensor
 from walls import channels_last, empty, lay_out, walls_stand
 
@@ -213,13 +212,4 @@ def test_the_instruction_set_is_the_one_asked_for():
 
 @pytest.mark.parametrize("isa", extension.build_info()["isas"])
 def test_other_instruction_sets(isa):
-    """The tests above once more for those that this CPU has, each in a process of its own."""
-    isas = extension.build_info()["isas"]
-    if "FUSEKERN_CPU_CAPABILITY" in os.environ or isas.index(isa) >= isas.index(extension.cpu_capability()):
-        pytest.skip("it is tested in this process, or this CPU lacks it")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {**os.environ, "FUSEKERN_CPU_CAPABILITY": isa}
-    done = subprocess.run(
-        [*command, "-k", "not other_instruction_sets"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    run_again(__file__, isa)
