@@ -95,7 +95,8 @@ def headlines() -> list[str]:
         ratios = [ratio_of(name, inference, shape, FIRST, peer) for peer in ("eager", "onnxruntime")]
         ratios.append(ratio_of(name, training, shape, BOTH, "eager"))
         lines.append(f"| {' | '.join([words, *(f'{ratio:.2f}x' for ratio in ratios)])} |")
-    return lines
+    dates = sorted({load(name)["date"][:10] for _, name, *_ in HEADLINES})
+    return [*lines, "", f"Measured on {', '.join(dates)}; commands and versions stand in docs/performance.md."]
 
 
 def origin(result: dict) -> str:
