@@ -1,8 +1,11 @@
-// former over the B K rows of the tokens, in fp32.
+// former over the B K rows of the tokens, and text_path around it, in fp32.
 #include "former.h"
 
+#include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "arguments.h"
 #include "linear.h"
@@ -107,50 +110,143 @@ void for_each_head(const Sizes& s, const F& f) {
   });
 }
 
+// What former has in the forward, and in the backward; C++ names of its schema's arguments.
+struct Parameters {
+  const Tensor &qkv_weight, &qkv_bias, &out_weight, &out_bias, &gain1, &shift1;
+  const Tensor &up_weight, &up_bias, &down_weight, &down_bias, &gain2, &shift2;
+};
+
+struct Weights {
+  const Tensor &qkv_weight, &out_weight, &gain1, &shift1, &up_weight, &down_weight, &gain2;
+};
+
+struct Saved {
+  const Tensor& qkv;     // [B, K, 3 C]
+  const Tensor& mixed;   // [B, K, C]
+  const Tensor& lse;     // [B, heads, K]
+  const Tensor& sums1;   // [B, K, C]
+  const Tensor& hidden;  // [B, K, F]
+  const Tensor& sums2;   // [B, K, C]
+};
+
+void check_weights(const Sizes& s, const Weights& w) {
+  check_dense("qkv_weight", w.qkv_weight, {3 * s.C, s.C}), check_dense("out_weight", w.out_weight, {s.C, s.C});
+  check_dense("up_weight", w.up_weight, {s.F, s.C}), check_dense("down_weight", w.down_weight, {s.C, s.F});
+  for (const auto& [name, vector] : {std::pair{"gain1", &w.gain1}, {"shift1", &w.shift1}, {"gain2", &w.gain2}})
+    check_dense(name, *vector, {s.C});
+}
+
+void check_saved(const Sizes& s, const Saved& saved) {
+  const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
+  for (const auto& [name, of] : {std::pair{"mixed", &mixed}, {"sums1", &sums1}, {"sums2", &sums2}})
+    check_dense(name, *of, {s.B, s.K, s.C});
+  check_dense("qkv", qkv, {s.B, s.K, 3 * s.C}), check_dense("hidden", hidden, {s.B, s.K, s.F});
+  check_dense("lse", lse, {s.B, s.heads, s.K});
+}
+
+// moments [4][R]: mean and 1 / standard deviation of either norm
+void forward(const Sizes& s, const Matrix& image, const Parameters& p, double eps, const Tensor& out,
+             const Saved& saved, float* moments) {
+  const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
+  const int64_t K = s.K, C = s.C, F = s.F, R = s.R;
+  check_weights(s, {p.qkv_weight, p.out_weight, p.gain1, p.shift1, p.up_weight, p.down_weight, p.gain2});
+  for (const auto& [name, vector] : {std::pair{"out_bias", &p.out_bias}, {"down_bias", &p.down_bias}, {"shift2", &p.shift2}})
+    check_dense(name, *vector, {C});
+  check_dense("qkv_bias", p.qkv_bias, {3 * C}), check_dense("up_bias", p.up_bias, {F});
+  check_saved(s, saved), check_dense("out", out, {s.B, K, C});
+
+  linear(R, 3 * C, C, image, data_of(p.qkv_weight), data_of(p.qkv_bias), nullptr, data_of(qkv), nullptr);
+  for_each_head(s, [&, qkv = data_of(qkv), mixed = data_of(mixed), lse = data_of(lse)](
+                       int64_t item, int64_t r, int64_t c, const Matrix& scores, const Matrix&) {
+    const Matrix q = at({qkv, 3 * C, 1}, r, c), k = at(q, 0, C), v = at(q, 0, 2 * C);
+    multiply(K, K, s.d, q, turned(k), scores, false);
+    FUSEKERN_PICK(former_softmax)(scores.data, K, K, s.scale(), lse + item * K);
+    multiply(K, s.d, K, scores, v, at({mixed, C, 1}, r, c), false);
+  });
+  linear(R, C, C, matrix_of(mixed, C), data_of(p.out_weight), data_of(p.out_bias), &image, data_of(sums1), nullptr);
+  const Scratch normal(R * C), activated(R * F);
+  const Matrix u{normal.data, C, 1}, act{activated.data, F, 1};
+  norm(R, C, sums1, p.gain1, p.shift1, eps, moments, moments + R, false, u.data);
+  linear(R, F, C, u, data_of(p.up_weight), data_of(p.up_bias), nullptr, data_of(hidden), act.data);
+  linear(R, C, F, act, data_of(p.down_weight), data_of(p.down_bias), &u, data_of(sums2), nullptr);
+  norm(R, C, sums2, p.gain2, p.shift2, eps, moments + 2 * R, moments + 3 * R, false, data_of(out));
+}
+
+struct Gradients {
+  const Tensor &qkv_weight, &qkv_bias, &out_weight, &out_bias, &gain1, &shift1;
+  const Tensor &up_weight, &up_bias, &down_weight, &down_bias, &gain2, &shift2;
+};
+
+// dimage [R][C]: the gradient of the image.
+void backward(const Sizes& s, const float* grad, const Matrix& image, const Weights& w, const Saved& saved,
+              float* moments, const Matrix& dimage, const Gradients& to) {
+  const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
+  const int64_t B = s.B, K = s.K, C = s.C, F = s.F, R = s.R, heads = s.heads;
+  check_weights(s, w), check_saved(s, saved);
+  check_dense("dqkv_weight", to.qkv_weight, {3 * C, C}), check_dense("dout_weight", to.out_weight, {C, C});
+  check_dense("dup_weight", to.up_weight, {F, C}), check_dense("ddown_weight", to.down_weight, {C, F});
+  for (const auto& [name, vector] :
+       {std::pair{"dout_bias", &to.out_bias}, {"dgain1", &to.gain1}, {"dshift1", &to.shift1},
+        {"ddown_bias", &to.down_bias}, {"dgain2", &to.gain2}, {"dshift2", &to.shift2}})
+    check_dense(name, *vector, {C});
+  check_dense("dqkv_bias", to.qkv_bias, {3 * C}), check_dense("dup_bias", to.up_bias, {F});
+
+  const Scratch sums(B * heads * K);
+  // d: the gradient of sums2, then of the first norm's result, then of mixed; in dimage that of sums1.
+  const Scratch memory(R * C), other(R * C), wide(R * F), wider(R * F), attended(R * 3 * C);
+  const Matrix d{memory.data, C, 1}, u{other.data, C, 1}, dhidden{wide.data, F, 1}, act{wider.data, F, 1};
+  const Matrix dqkv{attended.data, 3 * C, 1};
+
+  norm_bwd(R, C, grad, sums2, moments + 2 * R, moments + 3 * R, w.gain2, d.data, to.gain2, to.shift2);
+  sum(d.data, R, C, to.down_bias);
+  in_parallel(R, 40 * F, [&, hidden = data_of(hidden)](int64_t begin, int64_t end) {
+    FUSEKERN_PICK(former_gelu)(hidden + begin * F, (end - begin) * F, act.data + begin * F);
+  });
+  multiply_in_parallel(C, F, R, turned(d), act, matrix_of(to.down_weight, F), false);
+  multiply_in_parallel(R, F, C, d, matrix_of(w.down_weight, F), dhidden, false);
+  in_parallel(R, 40 * F, [&, hidden = data_of(hidden)](int64_t begin, int64_t end) {
+    FUSEKERN_PICK(former_gelu_bwd)(hidden + begin * F, (end - begin) * F, dhidden.data + begin * F);
+  });
+  sum(dhidden.data, R, F, to.up_bias);
+  norm(R, C, sums1, w.gain1, w.shift1, 0, moments, moments + R, true, u.data);
+  multiply_in_parallel(F, C, R, turned(dhidden), u, matrix_of(to.up_weight, C), false);
+  multiply_in_parallel(R, C, F, dhidden, matrix_of(w.up_weight, C), d, true);
+
+  norm_bwd(R, C, d.data, sums1, moments, moments + R, w.gain1, dimage.data, to.gain1, to.shift1);
+  sum(dimage.data, R, C, to.out_bias);
+  multiply_in_parallel(C, C, R, turned(dimage), matrix_of(mixed, C), matrix_of(to.out_weight, C), false);
+  multiply_in_parallel(R, C, C, dimage, matrix_of(w.out_weight, C), d, false);
+  for_each_head(s, [&, qkv = data_of(qkv)](int64_t item, int64_t r, int64_t c, const Matrix& p, const Matrix& dp) {
+    const Matrix q = at({qkv, 3 * C, 1}, r, c), k = at(q, 0, C), v = at(q, 0, 2 * C);
+    const Matrix dq = at(dqkv, r, c), dk = at(dq, 0, C), dv = at(dq, 0, 2 * C), dmixed = at(d, r, c);
+    multiply(K, K, s.d, q, turned(k), p, false);
+    // Once more as a whole: probabilities by lse would not add up to 1, by which all that V have in common would count.
+    FUSEKERN_PICK(former_softmax)(p.data, K, K, s.scale(), sums.data + item * K);
+    multiply(K, s.d, K, turned(p), dmixed, dv, false);
+    multiply(K, K, s.d, dmixed, turned(v), dp, false);
+    FUSEKERN_PICK(former_softmax_bwd)(p.data, K, K, s.scale(), dp.data);
+    multiply(K, s.d, K, dp, k, dq, false);
+    multiply(K, s.d, K, turned(dp), q, dk, false);
+  });
+  sum(dqkv.data, R, 3 * C, to.qkv_bias);
+  multiply_in_parallel(3 * C, C, R, turned(dqkv), image, matrix_of(to.qkv_weight, C), false);
+  multiply_in_parallel(R, C, 3 * C, dqkv, matrix_of(w.qkv_weight, C), dimage, true);
+}
+
 void former_fwd(const Tensor& tokens,  // [B, K, C]
                 const Tensor& qkv_weight, const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& out_bias,
                 const Tensor& gain1, const Tensor& shift1, const Tensor& up_weight, const Tensor& up_bias,
                 const Tensor& down_weight, const Tensor& down_bias, const Tensor& gain2, const Tensor& shift2,
                 int64_t heads, double eps,
-                Tensor out,      // [B, K, C]
-                Tensor qkv,      // [B, K, 3 C]
-                Tensor mixed,    // [B, K, C]
-                Tensor lse,      // [B, heads, K]
-                Tensor sums1,    // [B, K, C]
-                Tensor hidden,   // [B, K, F]
-                Tensor sums2,    // [B, K, C]
-                Tensor moments) {  // [4, B K]: mean and 1 / standard deviation of either norm
+                Tensor out,  // [B, K, C]
+                Tensor qkv, Tensor mixed, Tensor lse, Tensor sums1, Tensor hidden, Tensor sums2,
+                Tensor moments) {  // [4, B K]
   const Sizes s = sizes_of(tokens, hidden, heads);
-  const int64_t B = s.B, K = s.K, C = s.C, F = s.F, R = s.R;
-  check("tokens", tokens, {B, K, C}, ScalarType::Float);
-  check_dense("qkv_weight", qkv_weight, {3 * C, C}), check_dense("qkv_bias", qkv_bias, {3 * C});
-  check_dense("out_weight", out_weight, {C, C}), check_dense("out_bias", out_bias, {C});
-  check_dense("up_weight", up_weight, {F, C}), check_dense("up_bias", up_bias, {F});
-  check_dense("down_weight", down_weight, {C, F}), check_dense("down_bias", down_bias, {C});
-  for (const auto& [name, vector] : {std::pair{"gain1", &gain1}, {"shift1", &shift1}, {"gain2", &gain2}, {"shift2", &shift2}})
-    check_dense(name, *vector, {C});
-  for (const auto& [name, of] : {std::pair{"out", &out}, {"mixed", &mixed}, {"sums1", &sums1}, {"sums2", &sums2}})
-    check_dense(name, *of, {B, K, C});
-  check_dense("qkv", qkv, {B, K, 3 * C}), check_dense("hidden", hidden, {B, K, F});
-  check_dense("lse", lse, {B, heads, K}), check_dense("moments", moments, {4, R});
-
-  const Rows rows(tokens);
-  const Matrix image = rows.matrix();
-  linear(R, 3 * C, C, image, data_of(qkv_weight), data_of(qkv_bias), nullptr, data_of(qkv), nullptr);
-  for_each_head(s, [&](int64_t item, int64_t r, int64_t c, const Matrix& scores, const Matrix&) {
-    const Matrix q = at(matrix_of(qkv, 3 * C), r, c), k = at(q, 0, C), v = at(q, 0, 2 * C);
-    multiply(K, K, s.d, q, turned(k), scores, false);
-    FUSEKERN_PICK(former_softmax)(scores.data, K, K, s.scale(), data_of(lse) + item * K);
-    multiply(K, s.d, K, scores, v, at(matrix_of(mixed, C), r, c), false);
-  });
-  linear(R, C, C, matrix_of(mixed, C), data_of(out_weight), data_of(out_bias), &image, data_of(sums1), nullptr);
-  const Scratch normal(R * C), activated(R * F);
-  const Matrix u{normal.data, C, 1}, act{activated.data, F, 1};
-  float* const m = data_of(moments);
-  norm(R, C, sums1, gain1, shift1, eps, m, m + R, false, u.data);
-  linear(R, F, C, u, data_of(up_weight), data_of(up_bias), nullptr, data_of(hidden), act.data);
-  linear(R, C, F, act, data_of(down_weight), data_of(down_bias), &u, data_of(sums2), nullptr);
-  norm(R, C, sums2, gain2, shift2, eps, m + 2 * R, m + 3 * R, false, data_of(out));
+  check("tokens", tokens, {s.B, s.K, s.C}, ScalarType::Float), check_dense("moments", moments, {4, s.R});
+  forward(s, Rows(tokens).matrix(),
+          {qkv_weight, qkv_bias, out_weight, out_bias, gain1, shift1, up_weight, up_bias, down_weight, down_bias, gain2,
+           shift2},
+          eps, out, {qkv, mixed, lse, sums1, hidden, sums2}, data_of(moments));
 }
 
 void former_bwd(const Tensor& grad,    // [B, K, C]
@@ -162,70 +258,123 @@ void former_bwd(const Tensor& grad,    // [B, K, C]
                 Tensor dout_weight, Tensor dout_bias, Tensor dgain1, Tensor dshift1, Tensor dup_weight, Tensor dup_bias,
                 Tensor ddown_weight, Tensor ddown_bias, Tensor dgain2, Tensor dshift2) {
   const Sizes s = sizes_of(tokens, hidden, heads);
-  const int64_t B = s.B, K = s.K, C = s.C, F = s.F, R = s.R;
-  check("tokens", tokens, {B, K, C}, ScalarType::Float), check("grad", grad, {B, K, C}, ScalarType::Float);
-  for (const auto& [name, of] : {std::pair{"qkv_weight", &qkv_weight}, {"dqkv_weight", &dqkv_weight}})
-    check_dense(name, *of, {3 * C, C});
-  for (const auto& [name, of] : {std::pair{"out_weight", &out_weight}, {"dout_weight", &dout_weight}})
-    check_dense(name, *of, {C, C});
-  for (const auto& [name, of] : {std::pair{"up_weight", &up_weight}, {"dup_weight", &dup_weight}})
-    check_dense(name, *of, {F, C});
-  for (const auto& [name, of] : {std::pair{"down_weight", &down_weight}, {"ddown_weight", &ddown_weight}})
-    check_dense(name, *of, {C, F});
-  for (const auto& [name, of] :
-       {std::pair{"gain1", &gain1}, {"shift1", &shift1}, {"gain2", &gain2}, {"dout_bias", &dout_bias},
-        {"dgain1", &dgain1}, {"dshift1", &dshift1}, {"ddown_bias", &ddown_bias}, {"dgain2", &dgain2},
-        {"dshift2", &dshift2}})
-    check_dense(name, *of, {C});
-  check_dense("dqkv_bias", dqkv_bias, {3 * C}), check_dense("dup_bias", dup_bias, {F});
-  for (const auto& [name, of] : {std::pair{"mixed", &mixed}, {"sums1", &sums1}, {"sums2", &sums2}, {"dtokens", &dtokens}})
-    check_dense(name, *of, {B, K, C});
-  check_dense("qkv", qkv, {B, K, 3 * C}), check_dense("hidden", hidden, {B, K, F});
-  check_dense("lse", lse, {B, heads, K}), check_dense("moments", moments, {4, R});
-
-  const Rows rows(tokens);
+  for (const auto& [name, of] : {std::pair{"tokens", &tokens}, {"grad", &grad}})
+    check(name, *of, {s.B, s.K, s.C}, ScalarType::Float);
+  check_dense("dtokens", dtokens, {s.B, s.K, s.C}), check_dense("moments", moments, {4, s.R});
   const Tensor dense = torch::stable::contiguous(grad);
+  backward(s, data_of(dense), Rows(tokens).matrix(),
+           {qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2},
+           {qkv, mixed, lse, sums1, hidden, sums2}, data_of(moments), matrix_of(dtokens, s.C),
+           {dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, dup_weight, dup_bias, ddown_weight,
+            ddown_bias, dgain2, dshift2});
+}
+
+// A linear layer of the result, [B, K, C]; in the backward `image` is its gradient.
+struct Exit {
+  const char* name;
+  const Tensor &weight, &bias, &image;
+};
+
+std::vector<Exit> exits_of(const Sizes& s, std::initializer_list<Exit> some) {
+  for (const Exit& exit : some) {
+    check_dense(exit.name, exit.weight, {s.C, s.C}), check_dense(exit.name, exit.bias, {s.C});
+    check_dense(exit.name, exit.image, {s.B, s.K, s.C});
+  }
+  return some;
+}
+
+void text_path_fwd(const Tensor& tokens, const Tensor& gathered,  // [B, K, C]
+                   const Tensor& entry_weight, const Tensor& entry_bias, const Tensor& gain0, const Tensor& shift0,
+                   const Tensor& qkv_weight, const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& out_bias,
+                   const Tensor& gain1, const Tensor& shift1, const Tensor& up_weight, const Tensor& up_bias,
+                   const Tensor& down_weight, const Tensor& down_bias, const Tensor& gain2, const Tensor& shift2,
+                   const Tensor& key_weight, const Tensor& key_bias, const Tensor& value_weight,
+                   const Tensor& value_bias, const std::optional<Tensor>& query_weight,
+                   const std::optional<Tensor>& query_bias, int64_t heads, double eps,
+                   Tensor out, Tensor key, Tensor value, Tensor query,  // [B, K, C]
+                   Tensor sums0,                                        // [B, K, C]
+                   Tensor qkv, Tensor mixed, Tensor lse, Tensor sums1, Tensor hidden, Tensor sums2,
+                   Tensor moments) {  // [6, B K]
+  const Sizes s = sizes_of(tokens, hidden, heads);
+  const int64_t C = s.C, R = s.R;
+  for (const auto& [name, of] : {std::pair{"tokens", &tokens}, {"gathered", &gathered}})
+    check(name, *of, {s.B, s.K, C}, ScalarType::Float);
+  check_dense("entry_weight", entry_weight, {C, C}), check_dense("sums0", sums0, {s.B, s.K, C});
+  for (const auto& [name, vector] : {std::pair{"entry_bias", &entry_bias}, {"gain0", &gain0}, {"shift0", &shift0}})
+    check_dense(name, *vector, {C});
+  check_dense("moments", moments, {6, R});
+  auto exits = exits_of(s, {{"key", key_weight, key_bias, key}, {"value", value_weight, value_bias, value}});
+  if (query_weight) exits.push_back(exits_of(s, {{"query", *query_weight, *query_bias, query}})[0]);
+
+  const Rows rows(tokens), from(gathered);
+  const Matrix image = rows.matrix();
+  const Scratch first(R * C);
   float* const m = data_of(moments);
-  const Scratch sums(B * heads * K);
-  // d: the gradient of sums2, then of the first norm's result, then of mixed; in dtokens that of sums1.
-  const Scratch memory(R * C), other(R * C), wide(R * F), wider(R * F), attended(R * 3 * C);
-  const Matrix d{memory.data, C, 1}, u{other.data, C, 1}, dhidden{wide.data, F, 1}, act{wider.data, F, 1};
-  const Matrix dsums1 = matrix_of(dtokens, C), dqkv{attended.data, 3 * C, 1};
+  linear(R, C, C, from.matrix(), data_of(entry_weight), data_of(entry_bias), &image, data_of(sums0), nullptr);
+  norm(R, C, sums0, gain0, shift0, eps, m, m + R, false, first.data);
+  forward(s, {first.data, C, 1},
+          {qkv_weight, qkv_bias, out_weight, out_bias, gain1, shift1, up_weight, up_bias, down_weight, down_bias, gain2,
+           shift2},
+          eps, out, {qkv, mixed, lse, sums1, hidden, sums2}, m + 2 * R);
+  for (const Exit& exit : exits)
+    linear(R, C, C, matrix_of(out, C), data_of(exit.weight), data_of(exit.bias), nullptr, data_of(exit.image), nullptr);
+}
 
-  norm_bwd(R, C, data_of(dense), sums2, m + 2 * R, m + 3 * R, gain2, d.data, dgain2, dshift2);
-  sum(d.data, R, C, ddown_bias);
-  in_parallel(R, 40 * F, [&](int64_t begin, int64_t end) {
-    FUSEKERN_PICK(former_gelu)(data_of(hidden) + begin * F, (end - begin) * F, act.data + begin * F);
-  });
-  multiply_in_parallel(C, F, R, turned(d), act, matrix_of(ddown_weight, F), false);
-  multiply_in_parallel(R, F, C, d, matrix_of(down_weight, F), dhidden, false);
-  in_parallel(R, 40 * F, [&](int64_t begin, int64_t end) {
-    FUSEKERN_PICK(former_gelu_bwd)(data_of(hidden) + begin * F, (end - begin) * F, dhidden.data + begin * F);
-  });
-  sum(dhidden.data, R, F, dup_bias);
-  norm(R, C, sums1, gain1, shift1, 0, m, m + R, true, u.data);
-  multiply_in_parallel(F, C, R, turned(dhidden), u, matrix_of(dup_weight, C), false);
-  multiply_in_parallel(R, C, F, dhidden, matrix_of(up_weight, C), d, true);
+void text_path_bwd(const Tensor& grad, const Tensor& dkey, const Tensor& dvalue, const std::optional<Tensor>& dquery,
+                   const Tensor& gathered, const Tensor& entry_weight, const Tensor& gain0, const Tensor& shift0,
+                   const Tensor& qkv_weight, const Tensor& out_weight, const Tensor& gain1, const Tensor& shift1,
+                   const Tensor& up_weight, const Tensor& down_weight, const Tensor& gain2, const Tensor& key_weight,
+                   const Tensor& value_weight, const std::optional<Tensor>& query_weight, const Tensor& out,
+                   const Tensor& sums0, const Tensor& qkv, const Tensor& mixed, const Tensor& lse, const Tensor& sums1,
+                   const Tensor& hidden, const Tensor& sums2, const Tensor& moments, int64_t heads, Tensor dtokens,
+                   Tensor dgathered, Tensor dentry_weight, Tensor dentry_bias, Tensor dgain0, Tensor dshift0,
+                   Tensor dqkv_weight, Tensor dqkv_bias, Tensor dout_weight, Tensor dout_bias, Tensor dgain1,
+                   Tensor dshift1, Tensor dup_weight, Tensor dup_bias, Tensor ddown_weight, Tensor ddown_bias,
+                   Tensor dgain2, Tensor dshift2, Tensor dkey_weight, Tensor dkey_bias, Tensor dvalue_weight,
+                   Tensor dvalue_bias, std::optional<Tensor> dquery_weight, std::optional<Tensor> dquery_bias) {
+  const Sizes s = sizes_of(grad, hidden, heads);
+  const int64_t C = s.C, R = s.R;
+  for (const auto& [name, of] : {std::pair{"grad", &grad}, {"gathered", &gathered}})
+    check(name, *of, {s.B, s.K, C}, ScalarType::Float);
+  for (const auto& [name, of] :
+       {std::pair{"out", &out}, {"sums0", &sums0}, {"dtokens", &dtokens}, {"dgathered", &dgathered}})
+    check_dense(name, *of, {s.B, s.K, C});
+  for (const auto& [name, of] : {std::pair{"entry_weight", &entry_weight}, {"dentry_weight", &dentry_weight}})
+    check_dense(name, *of, {C, C});
+  for (const auto& [name, vector] : {std::pair{"gain0", &gain0}, {"shift0", &shift0}, {"dentry_bias", &dentry_bias},
+                                     {"dgain0", &dgain0}, {"dshift0", &dshift0}})
+    check_dense(name, *vector, {C});
+  check_dense("moments", moments, {6, R});
+  const Tensor dk = torch::stable::contiguous(dkey), dv = torch::stable::contiguous(dvalue);
+  const Tensor dq = dquery ? torch::stable::contiguous(*dquery) : dk;
+  auto exits = exits_of(s, {{"key", dkey_weight, dkey_bias, dk}, {"value", dvalue_weight, dvalue_bias, dv}});
+  if (query_weight) exits.push_back(exits_of(s, {{"query", *dquery_weight, *dquery_bias, dq}})[0]);
 
-  norm_bwd(R, C, d.data, sums1, m, m + R, gain1, dsums1.data, dgain1, dshift1);
-  sum(dsums1.data, R, C, dout_bias);
-  multiply_in_parallel(C, C, R, turned(dsums1), matrix_of(mixed, C), matrix_of(dout_weight, C), false);
-  multiply_in_parallel(R, C, C, dsums1, matrix_of(out_weight, C), d, false);
-  for_each_head(s, [&](int64_t item, int64_t r, int64_t c, const Matrix& p, const Matrix& dp) {
-    const Matrix q = at(matrix_of(qkv, 3 * C), r, c), k = at(q, 0, C), v = at(q, 0, 2 * C);
-    const Matrix dq = at(dqkv, r, c), dk = at(dq, 0, C), dv = at(dq, 0, 2 * C), dmixed = at(d, r, c);
-    multiply(K, K, s.d, q, turned(k), p, false);
-    // Once more as a whole: probabilities by lse would not add up to 1, by which all that V have in common would count.
-    FUSEKERN_PICK(former_softmax)(p.data, K, K, s.scale(), sums.data + item * K);
-    multiply(K, s.d, K, turned(p), dmixed, dv, false);
-    multiply(K, K, s.d, dmixed, turned(v), dp, false);
-    FUSEKERN_PICK(former_softmax_bwd)(p.data, K, K, s.scale(), dp.data);
-    multiply(K, s.d, K, dp, k, dq, false);
-    multiply(K, s.d, K, turned(dp), q, dk, false);
-  });
-  sum(dqkv.data, R, 3 * C, dqkv_bias);
-  multiply_in_parallel(3 * C, C, R, turned(dqkv), rows.matrix(), matrix_of(dqkv_weight, C), false);
-  multiply_in_parallel(R, C, 3 * C, dqkv, matrix_of(qkv_weight, C), dsums1, true);
+  const Tensor dense = torch::stable::contiguous(grad);
+  const Rows from(gathered);
+  float* const m = data_of(moments);
+  // g: the gradient of the result, then of the first norm's.
+  const Scratch memory(R * C), other(R * C), normal(R * C);
+  const Matrix g{memory.data, C, 1}, dimage{other.data, C, 1}, first{normal.data, C, 1}, dsums0 = matrix_of(dtokens, C);
+  std::copy_n(data_of(dense), R * C, g.data);
+  for (size_t i = 0; i < exits.size(); ++i) {
+    const Exit& to = exits[i];
+    const Tensor& weight = i == 0 ? key_weight : i == 1 ? value_weight : *query_weight;
+    check_dense(to.name, weight, {C, C});
+    const Matrix d = matrix_of(to.image, C);
+    multiply_in_parallel(R, C, C, d, matrix_of(weight, C), g, true);
+    multiply_in_parallel(C, C, R, turned(d), matrix_of(out, C), matrix_of(to.weight, C), false);
+    sum(d.data, R, C, to.bias);
+  }
+  norm(R, C, sums0, gain0, shift0, 0, m, m + R, true, first.data);
+  backward(s, g.data, first, {qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2},
+           {qkv, mixed, lse, sums1, hidden, sums2}, m + 2 * R, dimage,
+           {dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, dup_weight, dup_bias, ddown_weight,
+            ddown_bias, dgain2, dshift2});
+  norm_bwd(R, C, dimage.data, sums0, m, m + R, gain0, dsums0.data, dgain0, dshift0);
+  sum(dsums0.data, R, C, dentry_bias);
+  multiply_in_parallel(C, C, R, turned(dsums0), from.matrix(), matrix_of(dentry_weight, C), false);
+  multiply_in_parallel(R, C, C, dsums0, matrix_of(entry_weight, C), matrix_of(dgathered, C), false);
 }
 
 }  // namespace
@@ -243,11 +392,32 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cpp, m) {
       "Tensor(c!) dqkv_bias, Tensor(d!) dout_weight, Tensor(e!) dout_bias, Tensor(f!) dgain1, Tensor(g!) dshift1, "
       "Tensor(h!) dup_weight, Tensor(i!) dup_bias, Tensor(j!) ddown_weight, Tensor(k!) ddown_bias, Tensor(l!) dgain2, "
       "Tensor(m!) dshift2) -> ()");
+  m.def(
+      "text_path_fwd(Tensor tokens, Tensor gathered, Tensor entry_weight, Tensor entry_bias, Tensor gain0, "
+      "Tensor shift0, Tensor qkv_weight, Tensor qkv_bias, Tensor out_weight, Tensor out_bias, Tensor gain1, "
+      "Tensor shift1, Tensor up_weight, Tensor up_bias, Tensor down_weight, Tensor down_bias, Tensor gain2, "
+      "Tensor shift2, Tensor key_weight, Tensor key_bias, Tensor value_weight, Tensor value_bias, "
+      "Tensor? query_weight, Tensor? query_bias, int heads, float eps, Tensor(a!) out, Tensor(b!) key, "
+      "Tensor(c!) value, Tensor(d!) query, Tensor(e!) sums0, Tensor(f!) qkv, Tensor(g!) mixed, Tensor(h!) lse, "
+      "Tensor(i!) sums1, Tensor(j!) hidden, Tensor(k!) sums2, Tensor(l!) moments) -> ()");
+  m.def(
+      "text_path_bwd(Tensor grad, Tensor dkey, Tensor dvalue, Tensor? dquery, Tensor gathered, Tensor entry_weight, "
+      "Tensor gain0, Tensor shift0, Tensor qkv_weight, Tensor out_weight, Tensor gain1, Tensor shift1, "
+      "Tensor up_weight, Tensor down_weight, Tensor gain2, Tensor key_weight, Tensor value_weight, "
+      "Tensor? query_weight, Tensor out, Tensor sums0, Tensor qkv, Tensor mixed, Tensor lse, Tensor sums1, "
+      "Tensor hidden, Tensor sums2, Tensor moments, int heads, Tensor(a!) dtokens, Tensor(b!) dgathered, "
+      "Tensor(c!) dentry_weight, Tensor(d!) dentry_bias, Tensor(e!) dgain0, Tensor(f!) dshift0, "
+      "Tensor(g!) dqkv_weight, Tensor(h!) dqkv_bias, Tensor(i!) dout_weight, Tensor(j!) dout_bias, Tensor(k!) dgain1, "
+      "Tensor(l!) dshift1, Tensor(m!) dup_weight, Tensor(n!) dup_bias, Tensor(o!) ddown_weight, Tensor(p!) ddown_bias, "
+      "Tensor(q!) dgain2, Tensor(r!) dshift2, Tensor(s!) dkey_weight, Tensor(t!) dkey_bias, Tensor(u!) dvalue_weight, "
+      "Tensor(v!) dvalue_bias, Tensor(w!)? dquery_weight, Tensor(x!)? dquery_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusekern_cpp, CPU, m) {
   m.impl("former_fwd", TORCH_BOX(&former_fwd));
   m.impl("former_bwd", TORCH_BOX(&former_bwd));
+  m.impl("text_path_fwd", TORCH_BOX(&text_path_fwd));
+  m.impl("text_path_bwd", TORCH_BOX(&text_path_bwd));
 }
 
 }  // namespace fusekern

@@ -101,8 +101,13 @@ void former_softmax_bwd(const float* p, int64_t rows, int64_t columns, float sca
 void former_sum(const float* x, int64_t rows, int64_t columns, int64_t ld, float* sums) {
   using namespace text;
   each(columns, [&](int64_t c, Lanes lanes) {
+    // Runs, then their sums: one run of all rows would round a sum of hundreds as often.
     V total = zero();
-    for (int64_t r = 0; r < rows; ++r) total = total + load(x + r * ld + c, lanes);
+    for (int64_t r = 0; r < rows;) {
+      V run = zero();
+      for (const int64_t end = r + 32 < rows ? r + 32 : rows; r < end; ++r) run = run + load(x + r * ld + c, lanes);
+      total = total + run;
+    }
     store(sums + c, total, lanes);
   });
 }

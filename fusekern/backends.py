@@ -19,7 +19,7 @@ from fusekern.errors import FusekernError
 from fusekern.extensions import NAMES as MODULES
 from fusekern.extensions import load
 
-OPS = ("downsample", "conv2former", "inverted_bottleneck", "former", "former2conv", "score_map")
+OPS = ("downsample", "conv2former", "inverted_bottleneck", "former", "text_path", "former2conv", "score_map")
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
 # Why a compiled module is absent from this installation; empty for one that is there.
@@ -144,6 +144,11 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
                 reasons = "; ".join(reasons) or "it is slower"
                 log.debug("%s runs on %s, not on %s: %s", op, chosen, other, reasons)
     return chosen
+
+
+def is_reference(backend: str) -> bool:
+    """Is plain PyTorch asked for by name, in the keyword or by ``use_backend``?"""
+    return (_default if backend == "auto" else backend) == "reference"
 
 
 def _transformed() -> bool:

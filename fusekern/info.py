@@ -113,12 +113,14 @@ def _examples(device: str) -> dict[str, tuple]:
     image, text = empty(1, c, 16, 16), empty(1, k, c)
     norms = tuple(BatchNorm(*(empty(width) for _ in range(4)), 1e-5, False) for width in (e, e, c))
     linears = [(empty(rows, columns), empty(rows)) for rows, columns in ((3 * c, c), (c, c), (2 * c, c), (c, 2 * c))]
-    norm = (empty(c), empty(c))
+    norm, square = (empty(c), empty(c)), (empty(c, c), empty(c))
+    former = (*linears[:2], norm, *linears[2:], norm)
     examples = {
         "downsample": (image, empty(c, c, 3, 3), empty(c), "floor"),
         "conv2former": (text, empty(1, c, 5, 5), heads, None),
         "inverted_bottleneck": (image, empty(e, c, 1, 1), empty(e, 1, 3, 3), empty(c, e, 1, 1), norms, 1, ""),
-        "former": (text, *linears[:2], norm, *linears[2:], norm, heads, 1e-5),
+        "former": (text, *former, heads, 1e-5),
+        "text_path": (text, text, square, norm, former, square, square, square, heads, 1e-5),
         "former2conv": (image, text, text, heads, None),
         "score_map": (image, text, True, False),
     }

@@ -13,7 +13,7 @@ The gradients of all weights are one launch, those of all vectors another; sums 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -86,19 +86,30 @@ def gelu_slope(b_z):
     return 0.5 * (1.0 + tl.erf(b_z * SQRT_HALF)) + b_z * tl.exp(-0.5 * b_z * b_z) * DENSITY_AT_0
 
 
+@triton.jit
+def choose3(i, a, b, c):
+    return tl.where(i == 0, a, tl.where(i == 1, b, c))
+
+
 @triton.jit(do_not_specialize=["rows", "count", "eps"])
 def former_fwd_product_kernel(
     image,  # [B K, D]
     weight,  # [N, D]
+    weight1,  # [N, D]
+    weight2,  # [N, D]
     bias,  # [N]
+    bias1,  # [N]
+    bias2,  # [N]
     residual,  # [B K, N]
-    gain,  # of norm1
+    gain,
     shift,
-    gain_out,  # of norm2
+    gain_out,
     shift_out,
     partial,  # [parts, 2, B K]
-    moments,  # [4, B K]: means and 1 / standard deviations, of norm1 and norm2
+    moments,  # [2 or 4, B K]: means and 1 / standard deviations, of a norm and of the one after it
     out,  # [B K, N]
+    out1,  # [B K, N]
+    out2,  # [B K, N]
     other,  # [B K, N]
     rows,
     count,
@@ -112,27 +123,37 @@ def former_fwd_product_kernel(
     BK: tl.constexpr,
     BS: tl.constexpr,
     BP: tl.constexpr,
-    STAGE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    IMAGE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = W a + b, and
+    """out = W a + b of one weight, or of two or three with a result each.
 
-    STAGE "qkv": a = T, with the strides s_b and s_k. "out": a = M, plus T, and each row's mean and sum of squared
-    distances from it over the BN columns go into partial. "up": a = norm1(S1) with what is in partial, BP parts of BS
-    columns, which goes into moments; other = gelu(out). "down": a = G, plus norm1(S1). With WHOLE a program has whole
-    rows and other = norm2(out).
+    IMAGE "dense": a is the image. "tokens": so it is, with the strides s_b and s_k. "normed": a = norm(image) by the
+    moments in partial, BP parts of BS columns, which go into moments; with WEIGHTS > 1 a goes into other.
+    RESIDUAL "tokens": with those strides. "normed": norm of the residual by moments.
+    EPILOGUE "partial": each row's mean and sum of squared distances from it over the BN columns go into partial.
+    "gelu": other = gelu(out). "norm": a program has whole rows, and other = the next norm of out, whose moments follow.
     """
+    blocks: tl.constexpr = (N + BN - 1) // BN
     i = tl.program_id(0)
-    i_n = i % tl.cdiv(N, BN) * BN
-    i_m = i // tl.cdiv(N, BN) * BM
+    i_m = i // (blocks * WEIGHTS) * BM
+    i_e = i % (blocks * WEIGHTS) // blocks
+    i_n = i % blocks * BN
     o_r = i_m + tl.arange(0, BM)
     m_m = o_r < rows
     o_m = o_r.to(tl.int64)
-    o_a = text_rows(i_m, count, s_b, s_k, BM) if STAGE == "qkv" else o_m * D
+    o_a = text_rows(i_m, count, s_b, s_k, BM) if IMAGE == "tokens" else o_m * D
     o_y = o_m * N
+    if WEIGHTS > 1:
+        weight = choose3(i_e, weight, weight1, weight2)
+        bias = choose3(i_e, bias, bias1, bias2)
+        out = choose3(i_e, out, out1, out2)
+    m_once = o_r < tl.where(i % (blocks * WEIGHTS) == 0, rows, 0)  # of all that have these rows, one program
 
-    if STAGE == "up":
+    if IMAGE == "normed":
         o_p = tl.arange(0, BP)
         b_n = tl.where(o_p * BS < D, tl.minimum(D - o_p * BS, BS), 0).to(tl.float32)[None, :]
         o_part = (2 * o_p * rows)[None, :] + o_r[:, None]
@@ -142,35 +163,36 @@ def former_fwd_product_kernel(
         b_part -= b_mean[:, None]
         b_var = tl.sum(tl.load(partial + rows + o_part, mask=m_part, other=0.0) + b_part * b_part * b_n, 1)
         b_rstd = tl.rsqrt(b_var / D + tl.cast(eps, tl.float32))
-        if i_n == 0:
-            tl.store(moments + o_r, b_mean, mask=m_m)
-            tl.store(moments + rows + o_r, b_rstd, mask=m_m)
+        tl.store(moments + o_r, b_mean, mask=m_once)
+        tl.store(moments + rows + o_r, b_rstd, mask=m_once)
 
     b_y = tl.zeros([BM, BN], tl.float32)
     for i_k in range(0, D, BK):
         b_a = load_rows(image, o_a, m_m, i_k, D, BK)  # [BM, BK]
-        if STAGE == "up":
+        if IMAGE == "normed":
             b_a = normalised(b_a, b_mean, b_rstd, gain, shift, i_k, D, BK).to(b_a.dtype)
+            if WEIGHTS > 1:
+                store_rows(other, b_a, o_a, m_once, i_k, D, BK)
         b_w = load_weight(weight, i_n, i_k, N, D, BN, BK)  # [BN, BK]
         b_y = tl.dot(b_a, tl.trans(b_w), b_y, input_precision=PRECISION)
     b_y += load_vector(bias, i_n, N, BN)[None, :]
 
-    if STAGE == "out":
+    if RESIDUAL == "tokens":
         b_y += load_rows(residual, text_rows(i_m, count, s_b, s_k, BM), m_m, i_n, N, BN).to(tl.float32)
-    if STAGE == "down":
+    if RESIDUAL == "normed":
         b_mean = tl.load(moments + o_r, mask=m_m, other=0.0)
         b_rstd = tl.load(moments + rows + o_r, mask=m_m, other=0.0)
         b_y += normalised(load_rows(residual, o_y, m_m, i_n, N, BN), b_mean, b_rstd, gain, shift, i_n, N, BN)
     store_rows(out, b_y, o_y, m_m, i_n, N, BN)
-    if STAGE == "up":
+    if EPILOGUE == "gelu":
         store_rows(other, gelu(b_y), o_y, m_m, i_n, N, BN)
-    if STAGE == "out" or WHOLE:
+    if EPILOGUE == "partial" or EPILOGUE == "norm":
         # Columns beyond N are zero so far.
         b_n = tl.minimum(N - i_n, BN).to(tl.float32)
         b_mean = tl.sum(b_y, 1) / b_n
         b_d = tl.where((i_n + tl.arange(0, BN) < N)[None, :], b_y - b_mean[:, None], 0.0)
         b_m2 = tl.sum(b_d * b_d, 1)
-        if WHOLE:
+        if EPILOGUE == "norm":
             b_rstd = tl.rsqrt(b_m2 / N + tl.cast(eps, tl.float32))
             tl.store(moments + 2 * rows + o_r, b_mean, mask=m_m)
             tl.store(moments + 3 * rows + o_r, b_rstd, mask=m_m)
@@ -338,7 +360,11 @@ def former_bwd_attention_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def former_bwd_product_kernel(
     grad,  # [B K, D]
+    grad1,  # [B K, D]
+    grad2,  # [B K, D]
     weight,  # [D, N]
+    weight1,  # [D, N]
+    weight2,  # [D, N]
     residual,  # [B K, N]
     out,  # [B K, N]
     other,  # [B K, N]
@@ -349,18 +375,28 @@ def former_bwd_product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = W^T grad. EPILOGUE "residual": plus the residual. "gelu": times its slope at the residual, Z; other = G."""
+    """out = W^T grad, or the sum of two or three of these.
+
+    EPILOGUE "residual": plus the residual. "gelu": times its slope at the residual, Z; other = G.
+    """
+    steps: tl.constexpr = (D + BK - 1) // BK
     i = tl.program_id(0)
     i_n = i % tl.cdiv(N, BN) * BN
     o_r = i // tl.cdiv(N, BN) * BM + tl.arange(0, BM)
     m_m = o_r < rows
     o_m = o_r.to(tl.int64)
     b_y = tl.zeros([BM, BN], tl.float32)
-    for i_k in range(0, D, BK):
-        b_g = load_rows(grad, o_m * D, m_m, i_k, D, BK)  # [BM, BK]
-        b_w = load_weight(weight, i_k, i_n, D, N, BK, BN)  # [BK, BN]
+    for i_s in range(0, steps * WEIGHTS):
+        i_k = i_s % steps * BK
+        from_grad, from_weight = grad, weight
+        if WEIGHTS > 1:
+            from_grad = choose3(i_s // steps, grad, grad1, grad2)
+            from_weight = choose3(i_s // steps, weight, weight1, weight2)
+        b_g = load_rows(from_grad, o_m * D, m_m, i_k, D, BK)  # [BM, BK]
+        b_w = load_weight(from_weight, i_k, i_n, D, N, BK, BN)  # [BK, BN]
         b_y = tl.dot(b_g, b_w, b_y, input_precision=PRECISION)
     if EPILOGUE != "none":
         b_r = load_rows(residual, o_m * N, m_m, i_n, N, BN).to(tl.float32)  # [BM, BN]
@@ -444,6 +480,16 @@ def former_bwd_weight_kernel(
     dsums2,  # [B K, C]
     activated,  # [B K, F]
     ddown_weight,  # [C, F]
+    dsums0,  # [B K, C]
+    gathered,  # [B K, C]
+    dentry_weight,  # [C, C]
+    grad0,  # [B K, C]
+    grad1,  # [B K, C]
+    grad2,  # [B K, C]
+    normed2,  # [B K, C]
+    dexit0_weight,  # [C, C]
+    dexit1_weight,  # [C, C]
+    dexit2_weight,  # [C, C]
     rows,
     count,
     s_b,
@@ -453,13 +499,19 @@ def former_bwd_weight_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BRIDGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dW[n, d] = sum_m g[m, n] a[m, d] of the four weights; a program has a block of one of them and all rows."""
+    """dW[n, d] = sum_m g[m, n] a[m, d] of the four weights; a program has a block of one of them and all rows.
+
+    BRIDGED: behind them come the weight before and two or three after them, all [C, C].
+    """
     i = tl.program_id(0)
+    square = tl.cdiv(C, BN) * tl.cdiv(C, BK)
     first = tl.cdiv(3 * C, BN) * tl.cdiv(C, BK)
-    second = first + tl.cdiv(C, BN) * tl.cdiv(C, BK)
+    second = first + square
     third = second + tl.cdiv(F, BN) * tl.cdiv(C, BK)
+    fourth = third + tl.cdiv(C, BN) * tl.cdiv(F, BK)
     # Chosen before one loop: four loops would have four times the shared memory.
     grad = choose(i, first, second, third, dqkv, dsums1, dhidden, dsums2)
     image = choose(i, first, second, third, tokens, mixed, normed, activated)
@@ -468,7 +520,18 @@ def former_bwd_weight_kernel(
     D = choose(i, first, second, third, C, C, C, F)
     s_b = choose(i, first, second, third, s_b, count * C, count * C, count * F)
     s_k = choose(i, first, second, third, s_k, C, C, F)
-    i -= choose(i, first, second, third, 0, first, second, third)
+    start = choose(i, first, second, third, 0, first, second, third)
+    if BRIDGED:
+        beyond = i >= fourth
+        i_w = (i - fourth) // square
+        grad = tl.where(beyond, choose(i_w, 1, 2, 3, dsums0, grad0, grad1, grad2), grad)
+        image = tl.where(beyond, tl.where(i_w == 0, gathered, normed2), image)
+        weights = choose(i_w, 1, 2, 3, dentry_weight, dexit0_weight, dexit1_weight, dexit2_weight)
+        out = tl.where(beyond, weights, out)
+        N, D = tl.where(beyond, C, N), tl.where(beyond, C, D)
+        s_b, s_k = tl.where(beyond, count * C, s_b), tl.where(beyond, C, s_k)
+        start = tl.where(beyond, fourth + i_w * square, start)
+    i -= start
 
     o_n = i // tl.cdiv(D, BK) * BN + tl.arange(0, BN)
     o_d = i % tl.cdiv(D, BK) * BK + tl.arange(0, BK)
@@ -503,7 +566,11 @@ def former_bwd_vector_kernel(
     dsums1,  # [B K, C]
     dhidden,  # [B K, F]
     dsums2,  # [B K, C]
-    partial,  # [2, parts, 2, C]
+    dsums0,  # [B K, C]
+    grad0,  # [B K, C]
+    grad1,  # [B K, C]
+    grad2,  # [B K, C]
+    partial,  # [2 or 3, parts, 2, C]
     dqkv_bias,  # [3 C]
     dout_bias,  # [C]
     dgain1,  # [C]
@@ -512,18 +579,29 @@ def former_bwd_vector_kernel(
     ddown_bias,  # [C]
     dgain2,  # [C]
     dshift2,  # [C]
+    dentry_bias,  # [C]
+    dgain0,  # [C]
+    dshift0,  # [C]
+    dexit0_bias,  # [C]
+    dexit1_bias,  # [C]
+    dexit2_bias,  # [C]
     rows,
     parts,
     C: tl.constexpr,
     F: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
+    BRIDGED: tl.constexpr,
 ):
-    """The gradients of the biases, sums over all rows, and of the norms' vectors, sums over the parts."""
+    """The gradients of the biases, sums over all rows, and of the norms' vectors, sums over the parts.
+
+    BRIDGED: behind them come the vectors of the linear layer and norm before, and the biases of those after.
+    """
     i = tl.program_id(0)
     wide = tl.cdiv(C, BN)
     first = tl.cdiv(3 * C, BN)
     first_c = first + tl.cdiv(F, BN)
+    norm_sums = tl.cast(parts, tl.int64) * (2 * C)
     if i < first:
         sum_rows(dqkv, dqkv_bias, i, rows, 3 * C, 3 * C, BT, BN)
     elif i < first_c:
@@ -537,11 +615,25 @@ def former_bwd_vector_kernel(
     elif i < first_c + 4 * wide:
         sum_rows(partial + C, dshift1, i - first_c - 3 * wide, parts, 2 * C, C, BT, BN)
     elif i < first_c + 5 * wide:
-        partial += tl.cast(parts, tl.int64) * (2 * C)
-        sum_rows(partial, dgain2, i - first_c - 4 * wide, parts, 2 * C, C, BT, BN)
-    else:
-        partial += tl.cast(parts, tl.int64) * (2 * C)
-        sum_rows(partial + C, dshift2, i - first_c - 5 * wide, parts, 2 * C, C, BT, BN)
+        sum_rows(partial + norm_sums, dgain2, i - first_c - 4 * wide, parts, 2 * C, C, BT, BN)
+    elif i < first_c + 6 * wide:
+        sum_rows(partial + norm_sums + C, dshift2, i - first_c - 5 * wide, parts, 2 * C, C, BT, BN)
+    if BRIDGED:
+        i -= first_c + 6 * wide
+        partial += 2 * norm_sums
+        if i >= 0:
+            if i < wide:
+                sum_rows(dsums0, dentry_bias, i, rows, C, C, BT, BN)
+            elif i < 2 * wide:
+                sum_rows(partial, dgain0, i - wide, parts, 2 * C, C, BT, BN)
+            elif i < 3 * wide:
+                sum_rows(partial + C, dshift0, i - 2 * wide, parts, 2 * C, C, BT, BN)
+            elif i < 4 * wide:
+                sum_rows(grad0, dexit0_bias, i - 3 * wide, rows, C, C, BT, BN)
+            elif i < 5 * wide:
+                sum_rows(grad1, dexit1_bias, i - 4 * wide, rows, C, C, BT, BN)
+            else:
+                sum_rows(grad2, dexit2_bias, i - 5 * wide, rows, C, C, BT, BN)
 
 
 class Tile(NamedTuple):
@@ -707,6 +799,258 @@ def _launch(kernel: JITFunction, programs: int, tile: Tile | Heads, *arguments: 
     )
 
 
+class Entry(NamedTuple):
+    """What comes before the tokens are in the block: tokens' = norm(sums), sums = tokens + W gathered + b."""
+
+    gathered: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor
+    shift: Tensor
+    sums: Tensor
+
+
+class Exit(NamedTuple):
+    """A linear layer of the result; in the backward ``image`` is its result's gradient."""
+
+    weight: Tensor
+    bias: Tensor | None
+    image: Tensor
+
+
+def forward(
+    tokens: Tensor,
+    entry: Entry | None,
+    parts: Sequence[Tensor],
+    exits: Sequence[Exit],
+    heads: int,
+    eps: float,
+    out: Tensor,
+    qkv: Tensor,
+    mixed: Tensor,
+    lse: Tensor,
+    sums1: Tensor,
+    hidden: Tensor,
+    sums2: Tensor,
+    moments: Tensor,
+) -> None:
+    """``former_fwd`` and ``text_path_fwd``; entry and exits come together or not at all."""
+    qkv_weight, qkv_bias, out_weight, out_bias, gain1, shift1, *rest = parts
+    up_weight, up_bias, down_weight, down_bias, gain2, shift2 = rest
+    batch, count, channels = tokens.shape
+    rows, wide = batch * count, up_weight.shape[0]
+    kind = kind_of(tokens.dtype, channels, wide)
+    whole = None if exits else WHOLE.get((kind, padded(channels, 64)))
+    stats = setting_of(kind, rows, channels).fwd.BN
+    with _device_of(tokens):
+        tokens, *strides = _rows(tokens)
+        norm1, norm2 = ((gain.contiguous(), shift.contiguous()) for gain, shift in ((gain1, shift1), (gain2, shift2)))
+        activated = torch.empty_like(hidden)
+        partial = moments.new_empty(triton.cdiv(channels, stats), 2, rows)
+        moments0, moments1, moments2 = moments[:2], moments[-4:], moments[-2:]
+
+        def product(
+            image, weights, biases, results, other, moments, *, read, norm=norm1, plus=None, then="", tile=None
+        ):
+            weights, biases = ([part.contiguous() for part in some] for some in (weights, biases))
+            residual, residual_is = plus or (image, "none")
+            n, d = weights[0].shape
+            tile = tile or setting_of(kind, rows, n * len(weights)).fwd
+            _launch(
+                *(former_fwd_product_kernel, triton.cdiv(rows, tile.BM) * triton.cdiv(n, tile.BN) * len(weights), tile),
+                *(image, *_three(weights), *_three(biases), residual, *norm, *norm2, partial, moments),
+                *(*_three(results), results[0] if other is None else other, rows, count, eps, *strides),
+                N=n,
+                D=d,
+                BS=stats,
+                BP=triton.next_power_of_2(triton.cdiv(channels, stats)),
+                IMAGE=read,
+                RESIDUAL=residual_is,
+                EPILOGUE=then,
+                WEIGHTS=len(weights),
+                PRECISION=_precision(tokens.dtype),
+            )
+
+        def linear(image, weight, bias, result, moments, other=None, **how) -> None:
+            product(image, (weight,), (bias,), (result,), other, moments, **how)
+
+        first = tokens, "tokens"
+        if entry:
+            norm0 = entry.gain.contiguous(), entry.shift.contiguous()
+            gathered = entry.gathered.contiguous()
+            linear(gathered, entry.weight, entry.bias, entry.sums, moments0, read="dense", plus=first, then="partial")
+            linear(entry.sums, qkv_weight, qkv_bias, qkv, moments0, read="normed", norm=norm0)
+            first = entry.sums, "normed"
+        else:
+            norm0 = norm1
+            linear(tokens, qkv_weight, qkv_bias, qkv, moments1, read="tokens")
+        _attention(qkv, heads, mixed, lse)
+        linear(mixed, out_weight, out_bias, sums1, moments0, read="dense", norm=norm0, plus=first, then="partial")
+        linear(sums1, up_weight, up_bias, hidden, moments1, activated, read="normed", then="gelu")
+        then = "partial" if exits else "norm" if whole else ""
+        how = {"read": "dense", "plus": (sums1, "normed"), "then": then, "tile": whole}
+        linear(activated, down_weight, down_bias, sums2, moments1, out, **how)
+        if exits:
+            weights, biases, results = zip(*exits, strict=True)
+            product(sums2, weights, biases, results, out, moments2, read="normed", norm=norm2)
+        elif whole is None:
+            block = padded(channels, 64)
+            former_fwd_norm_kernel[(triton.cdiv(rows, NORM_TILE // block),)](
+                *(sums2, *norm2, moments1, out, rows, eps),
+                C=channels,
+                BM=NORM_TILE // block,
+                BC=block,
+                num_warps=4,
+            )
+
+
+def _three(some: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to three tensors, and the first for those that are not there."""
+    return (*some, *[some[0]] * (3 - len(some)))
+
+
+def _attention(qkv: Tensor, heads: int, mixed: Tensor, lse: Tensor) -> None:
+    batch, count, channels = mixed.shape
+    width = channels // heads
+    tile = ATTENTION[kind_of(qkv.dtype, width), padded(width, 16)][0]
+    blocks = triton.cdiv(count, tile.BQ)
+    _launch(
+        *(former_fwd_attention_kernel, batch * blocks * heads, tile),
+        *(qkv, mixed, lse, width**-0.5, count, heads, blocks),
+        C=channels,
+        D=width,
+        BD=padded(width, 16),
+        PRECISION=_precision(qkv.dtype),
+    )
+
+
+def backward(
+    grad: Tensor,
+    tokens: Tensor,
+    entry: Entry | None,
+    weights: Sequence[Tensor],
+    exits: Sequence[Exit],
+    out: Tensor | None,
+    qkv: Tensor,
+    mixed: Tensor,
+    lse: Tensor,
+    sums1: Tensor,
+    hidden: Tensor,
+    sums2: Tensor,
+    moments: Tensor,
+    heads: int,
+    dtokens: Tensor,
+    dentry: Sequence[Tensor],
+    dparts: Sequence[Tensor],
+    dexits: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """``former_bwd`` and ``text_path_bwd``.
+
+    ``out`` is the forward's, which only exits need. ``dentry``: the gradients of gathered, weight, bias, gain and
+    shift; ``dparts``: of the twelve parts; ``dexits``: of weight and bias of each.
+    """
+    qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2 = weights
+    dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, *rest = dparts
+    dup_weight, dup_bias, ddown_weight, ddown_bias, dgain2, dshift2 = rest
+    batch, count, channels = sums1.shape
+    rows, wide = batch * count, up_weight.shape[0]
+    kind, precision = kind_of(sums1.dtype, channels, wide), _precision(sums1.dtype)
+    block = padded(channels, 64)
+    blocks = triton.cdiv(rows, NORM_TILE // block)
+    run = triton.cdiv(blocks, 2 * PROGRAMS)
+    parts = triton.cdiv(blocks, run)
+    dense = (count * channels, channels)
+
+    def norm(grad, strides, sums, vectors, moments, dsums, normed, partial) -> None:
+        former_bwd_norm_kernel[(parts,)](
+            *(grad, sums, *vectors, moments, dsums, dsums if normed is None else normed, partial),
+            *(rows, count, run, *strides),
+            C=channels,
+            BM=NORM_TILE // block,
+            BC=block,
+            NORMED=normed is not None,
+            num_warps=4,
+        )
+
+    def product(grads, weights, epilogue, residual, result, other=None) -> None:
+        weights = [weight.contiguous() for weight in weights]
+        d, n = weights[0].shape
+        tile = setting_of(kind, rows, n).bwd
+        _launch(
+            *(former_bwd_product_kernel, triton.cdiv(rows, tile.BM) * triton.cdiv(n, tile.BN), tile),
+            *(*_three(grads), *_three(weights), residual, result, result if other is None else other, rows),
+            N=n,
+            D=d,
+            EPILOGUE=epilogue,
+            WEIGHTS=len(weights),
+            PRECISION=precision,
+        )
+
+    with _device_of(sums1):
+        gain1, shift1, gain2 = (vector.contiguous() for vector in (gain1, shift1, gain2))
+        partial = moments.new_empty(3 if entry else 2, parts, 2, channels)
+        dsums1, dsums2, du, normed = (torch.empty_like(sums1) for _ in range(4))
+        dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
+        grads = [each.image.contiguous() for each in exits]
+        if exits:
+            product(grads, [each.weight for each in exits], "residual", grad.contiguous(), du)
+            grad, *grad_strides = du, *dense
+        else:
+            grad, *grad_strides = _rows(grad)
+        norm(grad, grad_strides, sums2, (gain2, gain2), moments[-2:], dsums2, None, partial[1])
+        product((dsums2,), (down_weight,), "gelu", hidden, dhidden, activated)
+        product((dhidden,), (up_weight,), "residual", dsums2, du)
+        norm(du, dense, sums1, (gain1, shift1), moments[-4:], dsums1, normed, partial[0])
+        dmixed = du  # its gradient has served
+        product((dsums1,), (out_weight,), "none", dmixed, dmixed)
+        dqkv = torch.empty_like(qkv)
+        _attention_bwd(dmixed, qkv, mixed, lse, heads, dqkv)
+        if entry:
+            dgathered, dentry_weight, dentry_bias, dgain0, dshift0 = dentry
+            norm0, gathered = (entry.gain.contiguous(), entry.shift.contiguous()), entry.gathered.contiguous()
+            product((dqkv,), (qkv_weight,), "residual", dsums1, du)
+            image, strides = torch.empty_like(sums1), dense
+            norm(du, dense, entry.sums, norm0, moments[:2], dtokens, image, partial[2])
+            product((dtokens,), (entry.weight,), "none", dgathered, dgathered)
+            bridged = (dtokens, gathered, dentry_weight, *_three(grads), out, *_three([dw for dw, _ in dexits]))
+            vectors = (dentry_bias, dgain0, dshift0, *_three([db for _, db in dexits]))
+        else:
+            product((dqkv,), (qkv_weight,), "residual", dsums1, dtokens)
+            image, *strides = _rows(tokens)
+            bridged, vectors = (dqkv,) * 10, (dqkv_bias,) * 6  # not touched
+
+        tile = setting_of(kind, 4 * channels + 2 * wide, channels).weight
+        squares = 1 + len(exits) if entry else 0
+        programs = sum(
+            triton.cdiv(weight.shape[0], tile.BN) * triton.cdiv(weight.shape[1], tile.BK)
+            for weight in (qkv_weight, out_weight, up_weight, down_weight, *[out_weight] * squares)
+        )
+        _launch(
+            *(former_bwd_weight_kernel, programs, tile),
+            *(dqkv, image, dqkv_weight, dsums1, mixed, dout_weight),
+            *(dhidden, normed, dup_weight, dsums2, activated, ddown_weight),
+            *(*bridged, rows, count, *strides),
+            C=channels,
+            F=wide,
+            BRIDGED=entry is not None,
+            PRECISION=precision,
+        )
+        height, across = FEW if rows < MANY_ROWS else MANY
+        of_channels = 6 + (3 + len(exits) if entry else 0)
+        programs = of_channels * triton.cdiv(channels, across)
+        programs += sum(triton.cdiv(n, across) for n in (3 * channels, wide))
+        former_bwd_vector_kernel[(programs,)](
+            *(dqkv, dsums1, dhidden, dsums2, bridged[0], *bridged[3:6], partial),
+            *(dqkv_bias, dout_bias, dgain1, dshift1, dup_bias, ddown_bias, dgain2, dshift2, *vectors, rows, parts),
+            C=channels,
+            F=wide,
+            BT=height,
+            BN=across,
+            BRIDGED=entry is not None,
+            num_warps=4 if rows < MANY_ROWS else 8,
+        )
+
+
 def former_fwd(
     tokens: Tensor,
     qkv_weight: Tensor,
@@ -738,68 +1082,9 @@ def former_fwd(
     ``hidden`` ``[B, K, F]``, in fp32 ``lse`` ``[B, heads, K]`` and ``moments`` ``[4, B K]``. The weights have the
     dtype of the tokens, the vectors any.
     """
-    batch, count, channels = tokens.shape
-    rows, wide = batch * count, up_weight.shape[0]
-    kind = kind_of(tokens.dtype, channels, wide)
-    precision = _precision(tokens.dtype)
-    whole = WHOLE.get((kind, padded(channels, 64)))
-    stats = setting_of(kind, rows, channels).fwd.BN
-    with _device_of(tokens):
-        tokens, *strides = _rows(tokens)
-        weights = [weight.contiguous() for weight in (qkv_weight, out_weight, up_weight, down_weight)]
-        vectors = [vector.contiguous() for vector in (qkv_bias, out_bias, up_bias, down_bias)]
-        norms = [vector.contiguous() for vector in (gain1, shift1, gain2, shift2)]
-        activated = torch.empty_like(hidden)
-        partial = moments.new_empty(triton.cdiv(channels, stats), 2, rows)
-        for i, (stage, image, residual, result, other) in enumerate(
-            (
-                ("qkv", tokens, qkv, qkv, qkv),
-                ("out", mixed, tokens, sums1, sums1),
-                ("up", sums1, hidden, hidden, activated),
-                ("down", activated, sums1, sums2, out),
-            )
-        ):
-            n, d = weights[i].shape
-            last = stage == "down" and whole is not None
-            tile = whole if last else setting_of(kind, rows, n).fwd
-            _launch(
-                *(former_fwd_product_kernel, triton.cdiv(rows, tile.BM) * triton.cdiv(n, tile.BN), tile),
-                *(image, weights[i], vectors[i], residual, *norms, partial, moments, result, other),
-                *(rows, count, eps, *strides),
-                N=n,
-                D=d,
-                BS=stats,
-                BP=triton.next_power_of_2(triton.cdiv(channels, stats)),
-                STAGE=stage,
-                WHOLE=last,
-                PRECISION=precision,
-            )
-            if stage == "qkv":
-                _attention(qkv, heads, mixed, lse)
-        if whole is None:
-            block = padded(channels, 64)
-            former_fwd_norm_kernel[(triton.cdiv(rows, NORM_TILE // block),)](
-                *(sums2, *norms[2:], moments, out, rows, eps),
-                C=channels,
-                BM=NORM_TILE // block,
-                BC=block,
-                num_warps=4,
-            )
-
-
-def _attention(qkv: Tensor, heads: int, mixed: Tensor, lse: Tensor) -> None:
-    batch, count, channels = mixed.shape
-    width = channels // heads
-    tile = ATTENTION[kind_of(qkv.dtype, width), padded(width, 16)][0]
-    blocks = triton.cdiv(count, tile.BQ)
-    _launch(
-        *(former_fwd_attention_kernel, batch * blocks * heads, tile),
-        *(qkv, mixed, lse, width**-0.5, count, heads, blocks),
-        C=channels,
-        D=width,
-        BD=padded(width, 16),
-        PRECISION=_precision(qkv.dtype),
-    )
+    parts = (qkv_weight, qkv_bias, out_weight, out_bias, gain1, shift1)
+    parts += (up_weight, up_bias, down_weight, down_bias, gain2, shift2)
+    forward(tokens, None, parts, (), heads, eps, out, qkv, mixed, lse, sums1, hidden, sums2, moments)
 
 
 def former_bwd(
@@ -821,95 +1106,12 @@ def former_bwd(
     moments: Tensor,
     heads: int,
     dtokens: Tensor,
-    dqkv_weight: Tensor,
-    dqkv_bias: Tensor,
-    dout_weight: Tensor,
-    dout_bias: Tensor,
-    dgain1: Tensor,
-    dshift1: Tensor,
-    dup_weight: Tensor,
-    dup_bias: Tensor,
-    ddown_weight: Tensor,
-    ddown_bias: Tensor,
-    dgain2: Tensor,
-    dshift2: Tensor,
+    *dparts: Tensor,
 ) -> None:
-    """Fills the gradients, contiguous, of the shapes that the forward has."""
-    batch, count, channels = tokens.shape
-    rows, wide = batch * count, up_weight.shape[0]
-    kind, precision = kind_of(tokens.dtype, channels, wide), _precision(tokens.dtype)
-    block = padded(channels, 64)
-    blocks = triton.cdiv(rows, NORM_TILE // block)
-    run = triton.cdiv(blocks, 2 * PROGRAMS)
-    parts = triton.cdiv(blocks, run)
-
-    def norm(grad, strides, sums, vectors, moments, dsums, normed, partial) -> None:
-        former_bwd_norm_kernel[(parts,)](
-            *(grad, sums, *vectors, moments, dsums, dsums if normed is None else normed, partial),
-            *(rows, count, run, *strides),
-            C=channels,
-            BM=NORM_TILE // block,
-            BC=block,
-            NORMED=normed is not None,
-            num_warps=4,
-        )
-
-    def product(grad, weight, epilogue, residual, result, other=None) -> None:
-        weight = weight.contiguous()
-        d, n = weight.shape
-        tile = setting_of(kind, rows, n).bwd
-        _launch(
-            *(former_bwd_product_kernel, triton.cdiv(rows, tile.BM) * triton.cdiv(n, tile.BN), tile),
-            *(grad, weight, residual, result, result if other is None else other, rows),
-            N=n,
-            D=d,
-            EPILOGUE=epilogue,
-            PRECISION=precision,
-        )
-
-    with _device_of(tokens):
-        grad, *grad_strides = _rows(grad)
-        tokens, *strides = _rows(tokens)
-        gain1, shift1, gain2 = (vector.contiguous() for vector in (gain1, shift1, gain2))
-        dense = (count * channels, channels)
-        partial = moments.new_empty(2, parts, 2, channels)
-        dsums1, dsums2, du, normed = (torch.empty_like(sums1) for _ in range(4))
-        dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
-        norm(grad, grad_strides, sums2, (gain2, gain2), moments[2:], dsums2, None, partial[1])
-        product(dsums2, down_weight, "gelu", hidden, dhidden, activated)
-        product(dhidden, up_weight, "residual", dsums2, du)
-        norm(du, dense, sums1, (gain1, shift1), moments, dsums1, normed, partial[0])
-        dmixed = du  # its gradient has served
-        product(dsums1, out_weight, "none", dmixed, dmixed)
-        dqkv = torch.empty_like(qkv)
-        _attention_bwd(dmixed, qkv, mixed, lse, heads, dqkv)
-        product(dqkv, qkv_weight, "residual", dsums1, dtokens)
-
-        tile = setting_of(kind, 4 * channels + 2 * wide, channels).weight
-        programs = sum(
-            triton.cdiv(weight.shape[0], tile.BN) * triton.cdiv(weight.shape[1], tile.BK)
-            for weight in (qkv_weight, out_weight, up_weight, down_weight)
-        )
-        _launch(
-            *(former_bwd_weight_kernel, programs, tile),
-            *(dqkv, tokens, dqkv_weight, dsums1, mixed, dout_weight),
-            *(dhidden, normed, dup_weight, dsums2, activated, ddown_weight),
-            *(rows, count, *strides),
-            C=channels,
-            F=wide,
-            PRECISION=precision,
-        )
-        height, across = FEW if rows < MANY_ROWS else MANY
-        programs = 6 * triton.cdiv(channels, across) + sum(triton.cdiv(n, across) for n in (3 * channels, wide))
-        former_bwd_vector_kernel[(programs,)](
-            *(dqkv, dsums1, dhidden, dsums2, partial),
-            *(dqkv_bias, dout_bias, dgain1, dshift1, dup_bias, ddown_bias, dgain2, dshift2, rows, parts),
-            C=channels,
-            F=wide,
-            BT=height,
-            BN=across,
-            num_warps=4 if rows < MANY_ROWS else 8,
-        )
+    """Fills the gradients of the tokens and of the twelve parts, contiguous, of the shapes that the forward has."""
+    weights = (qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2)
+    saved = (qkv, mixed, lse, sums1, hidden, sums2, moments)
+    backward(grad, tokens, None, weights, (), None, *saved, heads, dtokens, (), dparts, ())
 
 
 def _attention_bwd(grad: Tensor, qkv: Tensor, mixed: Tensor, lse: Tensor, heads: int, dqkv: Tensor) -> None:
@@ -933,19 +1135,26 @@ def compile_cases() -> Iterator[Case]:
         for dtype in _dtypes(kind, load == "medium"):
             channels = 200 if kind.startswith("odd") else 512
             name = f"{'odd' if kind.startswith('odd') else load} {dtype} {channels}"
-            for stage in ("qkv", "out", "up", "down"):
-                yield _case(f"fwd {stage} {name}", former_fwd_product_kernel, dtype, channels, setting.fwd, STAGE=stage)
-            for epilogue in ("none", "residual", "gelu"):
-                more = {"EPILOGUE": epilogue}
-                yield _case(f"bwd {epilogue} {name}", former_bwd_product_kernel, dtype, channels, setting.bwd, **more)
-            yield _case(f"bwd weight {name}", former_bwd_weight_kernel, dtype, channels, setting.weight)
-    tile = SETTINGS["half", "large"].fwd
-    yield _case("fwd up large bf16 2048", former_fwd_product_kernel, "bf16", 2048, tile, STAGE="up")
+            for product in PRODUCTS:
+                yield _product(f"fwd {product} {name}", product, dtype, channels, setting.fwd)
+            for product, more in (
+                ("none", {"EPILOGUE": "none"}),
+                ("residual", {"EPILOGUE": "residual"}),
+                ("gelu", {"EPILOGUE": "gelu", "N": 2 * channels}),
+                ("exits", {"EPILOGUE": "residual", "WEIGHTS": 3}),
+            ):
+                yield _case(f"bwd {product} {name}", former_bwd_product_kernel, dtype, channels, setting.bwd, **more)
+            for bridged in (False, True):
+                yield _case(
+                    f"bwd weight{' bridged' * bridged} {name}",
+                    *(former_bwd_weight_kernel, dtype, channels, setting.weight),
+                    BRIDGED=bridged,
+                )
+    yield _product("fwd up large bf16 2048", "up", "bf16", 2048, SETTINGS["half", "large"].fwd)
     for (kind, channels), tile in WHOLE.items():
         for dtype in _dtypes(kind, False):
             for true in (channels - 16, channels):
-                more = {"STAGE": "down", "WHOLE": True}
-                yield _case(f"fwd whole {dtype} {true}", former_fwd_product_kernel, dtype, true, tile, **more)
+                yield _product(f"fwd whole {dtype} {true}", "down", dtype, true, tile, EPILOGUE="norm")
     for (kind, width), tiles in ATTENTION.items():
         for dtype in _dtypes(kind, width == 64):
             odd = kind.startswith("odd")
@@ -968,7 +1177,28 @@ def compile_cases() -> Iterator[Case]:
                 )
             for load, (height, across), warps in (("few", FEW, 4), ("many", MANY, 8)):
                 tile = Tile(0, across, 0, warps, 3)
-                yield _case(f"bwd vector {load} {name}", former_bwd_vector_kernel, dtype, channels, tile, BT=height)
+                more = {"BT": height, "BRIDGED": True}
+                yield _case(f"bwd vector {load} {name}", former_bwd_vector_kernel, dtype, channels, tile, **more)
+
+
+# The forward's products, those of a text path among them, by what they add to a plain one; widths over C.
+PRODUCTS = {
+    "qkv": {"N": 3, "IMAGE": "tokens"},
+    "qkv of sums": {"N": 3, "IMAGE": "normed"},
+    "out": {"RESIDUAL": "tokens", "EPILOGUE": "partial"},
+    "out onto sums": {"RESIDUAL": "normed", "EPILOGUE": "partial"},
+    "up": {"N": 2, "IMAGE": "normed", "EPILOGUE": "gelu"},
+    "down": {"D": 2, "RESIDUAL": "normed"},
+    "down to sums": {"D": 2, "RESIDUAL": "normed", "EPILOGUE": "partial"},
+    "exits": {"IMAGE": "normed", "WEIGHTS": 3},
+}
+
+
+def _product(name: str, product: str, dtype: str, channels: int, tile: Tile, **more: object) -> Case:
+    """Of the forward."""
+    flags = {"IMAGE": "dense", "RESIDUAL": "none", "EPILOGUE": "", **PRODUCTS[product], **more}
+    flags |= {side: channels * flags.get(side, 1) for side in ("N", "D")}
+    return _case(name, former_fwd_product_kernel, dtype, channels, tile, **flags)
 
 
 def _dtypes(kind: str, both: bool) -> tuple[str, ...]:
@@ -981,18 +1211,15 @@ def _dtypes(kind: str, both: bool) -> tuple[str, ...]:
 def _case(name: str, kernel: JITFunction, dtype: str, channels: int, tile: Tile | Heads, **more: object) -> Case:
     """``more`` are constexprs that are not the usual ones."""
     fp32 = dtype in ("ieee", "tf32")
-    n, d = {"qkv": (3, 1), "up": (2, 1), "down": (1, 2)}.get(more.get("STAGE"), (1, 1))
-    if more.get("EPILOGUE") == "gelu":
-        n = 2
     constexprs = {
         **tile._asdict(),
         "C": channels,
         "F": 2 * channels,
-        "N": n * channels,
-        "D": d * channels,
+        "N": channels,
+        "D": channels,
         "BS": tile.BN,
         "BP": triton.next_power_of_2(triton.cdiv(channels, max(tile.BN, 1))),
-        "WHOLE": False,
+        "WEIGHTS": 1,
         "PRECISION": dtype if fp32 else "ieee",
         **more,
     }

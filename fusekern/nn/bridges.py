@@ -60,11 +60,17 @@ class ImageToTextBridge(nn.Module):
         self.backend = check_name(backend)
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
-        tokens = ops.downsample(image, self.downsample.weight, self.downsample.bias, pad=self.pad, backend=self.backend)
         if self.bridge == "attention":
-            gathered = ops.conv2former(self.query(text), tokens, heads=self.heads, backend=self.backend)
-            return self.norm(text + self.out(gathered))
-        return self.norm(text + inner_product(text, tokens.flatten(2).transpose(1, 2), heads=self.heads))
+            return self.norm(text + self.out(self.gather(self.query(text), image)))
+        return self.norm(text + inner_product(text, self.tokens(image).flatten(2).transpose(1, 2), heads=self.heads))
+
+    def gather(self, query: Tensor, image: Tensor) -> Tensor:
+        """The attention alone: what ``W^O`` is applied to, ``[B, K, C]``; ``query`` is ``W^Q T``."""
+        return ops.conv2former(query, self.tokens(image), heads=self.heads, backend=self.backend)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """The down-sampled image, ``[B, C, h, w]``."""
+        return ops.downsample(image, self.downsample.weight, self.downsample.bias, pad=self.pad, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pad={self.pad!r}, bridge={self.bridge!r}, backend={self.backend!r}"
@@ -96,9 +102,13 @@ class TextToImageBridge(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         if self.bridge == "attention":
-            return ops.former2conv(image, self.key(text), self.value(text), heads=self.heads, backend=self.backend)
+            return self.scatter(image, self.key(text), self.value(text))
         pixels = image.flatten(2).transpose(1, 2)
         return image + inner_product(pixels, text, heads=self.heads).transpose(1, 2).reshape(image.shape)
+
+    def scatter(self, image: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The attention and its skip; ``key`` and ``value`` are ``W^K T`` and ``W^V T``."""
+        return ops.former2conv(image, key, value, heads=self.heads, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, bridge={self.bridge!r}, backend={self.backend!r}"

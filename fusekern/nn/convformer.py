@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusekern import ops
-from fusekern.backends import check_name
+from fusekern.backends import check_name, is_reference
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
-from fusekern.nn.text_transformer import TextTransformer
+from fusekern.nn.text_transformer import TextTransformer, affine
 from fusekern.ops._check import check_choice, check_heads
 
 PRESETS = {
@@ -166,8 +170,9 @@ class ConvFormer(nn.Module):
     def _fuse(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         text = text * self.text_scale
         new_image, new_text = image, text
-        for block in self.blocks:
-            new_image, new_text = block(new_image, new_text)
+        query = None
+        for block, following in zip_longest(self.blocks, self.blocks[1:]):
+            new_image, new_text, query = block(new_image, new_text, query, following)
         if self.outer_residual:
             return new_image + image, new_text + text
         return new_image, new_text
@@ -199,7 +204,12 @@ class ConvFormerBlock(nn.Module):
 
     Args: see ``ConvFormer``.
 
-    Shape: image ``[B, C, H, W]`` and text ``[B, K, C]``, to the same.
+    Shape: image ``[B, C, H, W]`` and text ``[B, K, C]``, to the same and none. As one of a stack it may be told the
+    block that follows, whose query, ``W^Q`` of the new text, it then computes along with its own keys and values, and
+    returns instead of none, ``[B, K, C]``: that one takes it as ``query``.
+
+    Between the bridges' attentions the op ``text_path`` runs on the children's weights. Their own ``forward`` is called
+    with ``backend="reference"`` alone, so that hooks and counters see each.
     """
 
     def __init__(
@@ -224,6 +234,46 @@ class ConvFormerBlock(nn.Module):
         self.bottleneck = InvertedBottleneck(channels, expansion, memory=memory, backend=backend)
         self.text_to_image = TextToImageBridge(channels, bridge_heads, bridge=bridge, backend=backend)
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        text = self.transformer(self.image_to_text(text, image))
-        return self.text_to_image(self.bottleneck(image), text), text
+        self.bridge = bridge
+        self.backend = check_name(backend)
+
+    def forward(
+        self, image: Tensor, text: Tensor, query: Tensor | None = None, following: ConvFormerBlock | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.bridge != "attention" or is_reference(self.backend):
+            text = self.transformer(self.image_to_text(text, image))
+            return self.text_to_image(self.bottleneck(image), text), text, None
+        first, last = self.image_to_text, self.text_to_image
+        with _beside(image) as apart:
+            with apart:
+                wide = self.bottleneck(image)
+            path = ops.text_path(
+                *(text, first.gather(first.query(text) if query is None else query, image)),
+                *(affine(first.out), affine(first.norm), self.transformer.parts()),
+                *(affine(last.key), affine(last.value)),
+                None if following is None else affine(following.image_to_text.query),
+                heads=self.transformer.heads,
+                eps=first.norm.eps,
+                backend=self.backend,
+            )
+        return last.scatter(wide, path.key, path.value), path.tokens, path.query
+
+
+@contextmanager
+def _beside(image: Tensor) -> Iterator[AbstractContextManager]:
+    """For work beside other work: a stream of its own while a CUDA graph is captured, joined at the end.
+
+    Only there: eagerly two streams cost more host time than they hide, and memory would have to outlive its stream.
+    """
+    if torch.compiler.is_compiling() or not (image.is_cuda and torch.cuda.is_current_stream_capturing()):
+        yield nullcontext()
+        return
+    main, side = torch.cuda.current_stream(image.device), _side_stream(image.device)
+    side.wait_stream(main)
+    yield torch.cuda.stream(side)
+    main.wait_stream(side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

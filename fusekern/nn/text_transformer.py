@@ -8,6 +8,11 @@ from fusekern import ops
 from fusekern.backends import check_name
 
 
+def affine(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """A child as ops take it."""
+    return part.weight, part.bias
+
+
 class TextTransformer(nn.Module):
     """Post-norm transformer block (the paper's Former): self-attention, then a feed-forward network with GELU.
 
@@ -34,14 +39,11 @@ class TextTransformer(nn.Module):
         self.backend = check_name(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        parts = (self.qkv, self.out, self.norm1, self.up, self.down, self.norm2)
-        return ops.former(
-            tokens,
-            *((part.weight, part.bias) for part in parts),
-            heads=self.heads,
-            eps=self.norm1.eps,
-            backend=self.backend,
-        )
+        return ops.former(tokens, *self.parts(), heads=self.heads, eps=self.norm1.eps, backend=self.backend)
+
+    def parts(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Weight and bias of each child, in the order in which the op takes them."""
+        return tuple(map(affine, (self.qkv, self.out, self.norm1, self.up, self.down, self.norm2)))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, backend={self.backend!r}"

@@ -6,10 +6,12 @@ from fusekern.ops.former import former
 from fusekern.ops.former2conv import former2conv
 from fusekern.ops.inverted_bottleneck import BatchNorm, BatchStatistics, inverted_bottleneck
 from fusekern.ops.score_map import score_map
+from fusekern.ops.text_path import TextPath, text_path
 
 __all__ = [
     "BatchNorm",
     "BatchStatistics",
+    "TextPath",
     "conv2former",
     "downsample",
     "downsampled_size",
@@ -17,4 +19,5 @@ __all__ = [
     "former2conv",
     "inverted_bottleneck",
     "score_map",
+    "text_path",
 ]

@@ -48,6 +48,17 @@ def check_tokens(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have at least one token; got shape {list(tensor.shape)}")
 
 
+def check_affines(tokens: Tensor, **pairs: tuple) -> None:
+    """Pairs of weight and bias that go with the tokens; each with the shape that its weight must have."""
+    for name, ((weight, bias), *shape) in pairs.items():
+        if list(weight.shape) != shape or list(bias.shape) != shape[:1]:
+            raise ValueError(
+                f"{name} must be a weight {shape} and a bias {shape[:1]}; "
+                f"got shapes {list(weight.shape)} and {list(bias.shape)}"
+            )
+        check_alike(**{"tokens": tokens, f"{name} weight": weight, f"{name} bias": bias})
+
+
 def check_heads(channels: int, heads: int, name: str = "heads") -> None:
     """Heads split the channels evenly."""
     if heads < 1 or channels % heads:

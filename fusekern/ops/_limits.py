@@ -11,9 +11,14 @@ def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
     return _dtypes(first, torch.float32, torch.bfloat16)
 
 
-def cpp_fp32(first: Tensor, *rest: object) -> list[str]:
-    """Of C++ kernels whose products are all their own: PyTorch's in bf16 are faster."""
-    return _dtypes(first, torch.float32)
+def cpp_linear(first: Tensor, parts: list[Tensor]) -> list[str]:
+    """Of C++ kernels whose products are all their own, on parameters where they lie: PyTorch's in bf16 are faster."""
+    reasons = _dtypes(first, torch.float32)
+    if not reasons and any(part.dtype != torch.float32 for part in parts):
+        reasons.append("parameters that are not float32")
+    if not all(part.is_contiguous() for part in parts):
+        reasons.append("parameters that are not contiguous")
+    return reasons
 
 
 def triton_dtypes(first: Tensor, *rest: object) -> list[str]:

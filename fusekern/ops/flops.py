@@ -45,6 +45,20 @@ def former_backward(grad, *rest, **keywords) -> int:
     return 2 * former(*rest)
 
 
+@register_flop_formula(_fusekern.text_path)
+def text_path(tokens, gathered, *rest, **keywords) -> int:
+    """Those of former and 2 B K C^2 for each of the three or four linear layers around it."""
+    batch, count, channels = tokens
+    linears = 3 if rest[20] is None else 4
+    return former(tokens, *rest[4:]) + 2 * linears * batch * count * channels**2
+
+
+@register_flop_formula(_fusekern.text_path_backward)
+def text_path_backward(grad, dkey, dvalue, dquery, gathered, *rest, **keywords) -> int:
+    """Twice the forward's."""
+    return 2 * text_path(grad, gathered, *rest)
+
+
 @register_flop_formula(_fusekern.score_map)
 def score_map(image, text, *rest, **keywords) -> int:
     """2 B N K C."""

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._check import check_affines, check_heads, check_shape, check_tokens
 from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
-from fusekern.ops._limits import cpp_fp32, triton_dtypes
+from fusekern.ops._limits import cpp_linear, triton_dtypes
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
 
@@ -37,7 +37,7 @@ def former_reference(
     return F.layer_norm(tokens + F.linear(F.gelu(F.linear(tokens, *up)), *down), (channels,), *norm2, eps)
 
 
-_PARAMETERS = ", ".join(
+PARAMETERS = ", ".join(
     f"Tensor {name}"
     for name in (
         *("qkv_weight", "qkv_bias", "out_weight", "out_bias", "gain1", "shift1"),
@@ -65,7 +65,7 @@ def _empty(tokens: Tensor, up_weight: Tensor, heads: int) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "fusekern::former",
     mutates_args=(),
-    schema=f"(Tensor tokens, {_PARAMETERS}, int heads, float eps, str backend) -> ({', '.join(['Tensor'] * 8)})",
+    schema=f"(Tensor tokens, {PARAMETERS}, int heads, float eps, str backend) -> ({', '.join(['Tensor'] * 8)})",
 )
 def _former(tokens, *arguments):
     *parameters, heads, eps, backend = arguments
@@ -83,7 +83,7 @@ def _(tokens, *arguments):
 @torch.library.custom_op(
     "fusekern::former_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor tokens, {_PARAMETERS}, {_SAVED}, int heads, str backend) "
+    schema=f"(Tensor grad, Tensor tokens, {PARAMETERS}, {_SAVED}, int heads, str backend) "
     f"-> ({', '.join(['Tensor'] * 13)})",
 )
 def _former_backward(grad, tokens, *arguments):
@@ -122,7 +122,7 @@ _former.register_autograd(_backward, setup_context=_setup_context)
 _former_backward.register_autograd(no_second_derivative("former"))
 
 
-def _why_not_triton(tokens, *rest):
+def why_not_triton(tokens, *rest):
     channels, heads = tokens.shape[2], rest[-2]
     reasons = triton_dtypes(tokens)
     if channels > 2048:
@@ -135,17 +135,26 @@ def _why_not_triton(tokens, *rest):
 
 
 def _why_not_cpp(tokens, *rest):
-    parts = [part for pair in rest[:6] for part in pair]
-    reasons = cpp_fp32(tokens)
-    if not reasons and any(part.dtype != torch.float32 for part in parts):
-        reasons.append("parameters that are not float32")
-    if not all(part.is_contiguous() for part in parts):
-        reasons.append("parameters that are not contiguous")
-    return reasons
+    return cpp_linear(tokens, [part for pair in rest[:6] for part in pair])
 
 
 register("former", "cpp", _why_not_cpp)
-register("former", "triton", _why_not_triton)
+register("former", "triton", why_not_triton)
+
+
+def affines_of_former(
+    channels: int, qkv: Affine, out: Affine, norm1: Affine, up: Affine, down: Affine, norm2: Affine
+) -> dict[str, tuple]:
+    """What ``check_affines`` takes: each with the shape that its weight must have."""
+    hidden = up[1].numel()
+    return {
+        "qkv": (qkv, 3 * channels, channels),
+        "out": (out, channels, channels),
+        "norm1": (norm1, channels),
+        "up": (up, hidden, channels),
+        "down": (down, channels, hidden),
+        "norm2": (norm2, channels),
+    }
 
 
 def former(
@@ -192,21 +201,7 @@ def former(
     check_tokens("tokens", tokens)
     channels = tokens.shape[2]
     check_heads(channels, heads)
-    hidden = up[1].numel()
-    for name, (weight, bias), shape in (
-        ("qkv", qkv, (3 * channels, channels)),
-        ("out", out, (channels, channels)),
-        ("norm1", norm1, (channels,)),
-        ("up", up, (hidden, channels)),
-        ("down", down, (channels, hidden)),
-        ("norm2", norm2, (channels,)),
-    ):
-        if weight.shape != shape or bias.shape != shape[:1]:
-            raise ValueError(
-                f"{name} must be a weight {list(shape)} and a bias {list(shape[:1])}; "
-                f"got shapes {list(weight.shape)} and {list(bias.shape)}"
-            )
-        check_alike(**{"tokens": tokens, f"{name} weight": weight, f"{name} bias": bias})
+    check_affines(tokens, **affines_of_former(channels, qkv, out, norm1, up, down, norm2))
     # Vectors keep their dtype: they are added to sums in fp32.
     linears = (qkv, out, up, down)
     tokens, *weights = follow_autocast(tokens, *(weight for weight, _ in linears))

@@ -16,6 +16,13 @@ def _former(tokens, *rest, **keywords):
     return ops.former(tokens, *pairs, heads=HEADS, **keywords)
 
 
+def _text_path(tokens, gathered, *rest, **keywords):
+    pairs = [(rest[i], rest[i + 1]) for i in range(0, 22, 2)]
+    entry, norm0, *former, key, value, query = pairs
+    path = ops.text_path(tokens, gathered, entry, norm0, tuple(former), key, value, query, heads=HEADS, **keywords)
+    return torch.cat(path, 2)
+
+
 def _inverted_bottleneck(image, expand, depthwise, project, *rest, **keywords):
     norms = tuple(ops.BatchNorm(rest[i], rest[i + 1], None, None, 1e-5, True) for i in (0, 2, 4))
     return ops.inverted_bottleneck(image, expand, depthwise, project, norms, **keywords)[0]
@@ -24,12 +31,14 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest, **keywords):
 def _shapes(op, batch):
     image, text = (batch, C, H, W), (batch, K, C)
     linears = [(3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (E, C), (E,), (C, E), (C,), (C,), (C,)]
+    square = [(C, C), (C,)]
     return {
         "downsample": [image, (C, C, 3, 3), (C,)],
         "conv2former": [text, (batch, C, 2, 2)],
         "former2conv": [image, text, text],
         "inverted_bottleneck": [image, (E, C, 1, 1), (E, 1, 3, 3), (C, E, 1, 1), *[(n,) for n in (E, E, E, E, C, C)]],
         "former": [text, *linears],
+        "text_path": [text, text, *square, (C,), (C,), *linears, *square, *square, *square],
         "score_map": [image, text],
     }[op]
 
@@ -40,6 +49,7 @@ CALLS = {
     "former2conv": lambda *t, **kw: ops.former2conv(*t, heads=HEADS, **kw),
     "inverted_bottleneck": _inverted_bottleneck,
     "former": _former,
+    "text_path": _text_path,
     "score_map": lambda *t, **kw: ops.score_map(*t, concat=True, **kw),
 }
 # One result shape per op, as its docstring has it.
@@ -49,6 +59,7 @@ RESULTS = {
     "former2conv": lambda batch: (batch, C, H, W),
     "inverted_bottleneck": lambda batch: (batch, C, H, W),
     "former": lambda batch: (batch, K, C),
+    "text_path": lambda batch: (batch, K, 4 * C),
     "score_map": lambda batch: (batch, C + K, H, W),
 }
 

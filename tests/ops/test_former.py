@@ -88,7 +88,7 @@ def test_what_the_triton_kernels_cannot_take(monkeypatch):
 
         linears = pair(3 * channels, channels), pair(channels, channels)
         rest = pair(channels), pair(hidden, channels), pair(channels, hidden), pair(channels)
-        return module._why_not_triton(torch.empty(1, 2, channels, device="meta"), *linears, *rest, heads, 1e-5)
+        return module.why_not_triton(torch.empty(1, 2, channels, device="meta"), *linears, *rest, heads, 1e-5)
 
     assert reasons(2048, 8) == reasons(17, 17) == ["its own"]
     assert reasons(2064, 16) == ["its own", "2064 channels, it takes up to 2048"]

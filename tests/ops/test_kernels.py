@@ -21,6 +21,7 @@ from fusekern.ops.former import former_reference
 from fusekern.ops.former2conv import former2conv_reference
 from fusekern.ops.inverted_bottleneck import inverted_bottleneck_reference
 from fusekern.ops.score_map import score_map_reference
+from fusekern.ops.text_path import text_path_reference
 from fusekern.testing import assert_parity
 
 CUDA = torch.cuda.is_available()
@@ -28,7 +29,7 @@ BACKENDS_HERE = [
     pytest.param("cpp", marks=pytest.mark.skipif(bool(BACKENDS["cpp"].missing), reason=BACKENDS["cpp"].missing)),
     pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
 ]
-FP32_ALONE = ("former", "cpp")
+FP32_ALONE = [("former", "cpp"), ("text_path", "cpp")]
 every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
 
 
@@ -56,7 +57,19 @@ def _of_pairs(block):
     return function
 
 
+def _of_path(block):
+    """text_path likewise, its four results side by side."""
+
+    def function(tokens, gathered, *parts, heads=2, backend=None):
+        entry, norm, *former, key, value, query = (parts[i : i + 2] for i in range(0, len(parts), 2))
+        keywords = {"heads": heads, **({"backend": backend} if backend else {})}
+        return torch.cat(block(tokens, gathered, entry, norm, tuple(former), key, value, query, **keywords), 2)
+
+    return function
+
+
 OPS = {
+    "text_path": (_of_path(ops.text_path), _of_path(text_path_reference)),
     "former": (_of_pairs(ops.former), _of_pairs(former_reference)),
     "conv2former": (ops.conv2former, conv2former_reference),
     "former2conv": (ops.former2conv, former2conv_reference),
@@ -65,9 +78,10 @@ OPS = {
     "inverted_bottleneck": (_of_tensors(ops.inverted_bottleneck), _of_tensors(inverted_bottleneck_reference)),
 }
 every_op = pytest.mark.parametrize("op", OPS)
+CHAINS = ("former", "text_path", "inverted_bottleneck")
 # The bottleneck has kinks and means over the whole batch: its parity is in test_inverted_bottleneck_parity.py. Former
 # is a chain, whose roundings on the way the rule has to count together: see tests/kernels/interpreted_former.py.
-every_smooth_op = pytest.mark.parametrize("op", [op for op in OPS if op not in ("former", "inverted_bottleneck")])
+every_smooth_op = pytest.mark.parametrize("op", [op for op in OPS if op not in CHAINS])
 LAYOUTS = ("plain", "permuted", "sliced", "expanded")
 
 
@@ -90,11 +104,14 @@ def make(op, *, batch=2, tokens=19, heads=2, width=32, height=7, breadth=6, devi
     """Arguments and keywords of an op."""
     channels = heads * width
     image, text = (batch, channels, height, breadth), (batch, tokens, channels)
+    former = [
+        *((3 * channels, channels), (3 * channels,), (channels, channels), *[(channels,)] * 3),
+        *((2 * channels, channels), (2 * channels,), (channels, 2 * channels), *[(channels,)] * 3),
+    ]
+    square = [(channels, channels), (channels,)]
     shapes = {
-        "former": [
-            *(text, (3 * channels, channels), (3 * channels,), (channels, channels), *[(channels,)] * 3),
-            *((2 * channels, channels), (2 * channels,), (channels, 2 * channels), *[(channels,)] * 3),
-        ],
+        "former": [text, *former],
+        "text_path": [text, text, *square, (channels,), (channels,), *former, *square * 3],
         "conv2former": [text, image],
         "former2conv": [image, text, text],
         "score_map": [image, text],
@@ -108,12 +125,12 @@ def make(op, *, batch=2, tokens=19, heads=2, width=32, height=7, breadth=6, devi
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     if op in ("downsample", "inverted_bottleneck"):
         tensors[1] /= 3 * channels**0.5
-    if op == "former":
+    if op in ("former", "text_path"):
         linears = [tensor / channels**0.5 if tensor.dim() == 2 else tensor for tensor in tensors[1:]]
         tensors[1:] = [(v + 1).bfloat16().double() if v.dim() == 1 else v for v in linears]  # as below
     if op == "inverted_bottleneck":
         tensors[4:] = [(vector + 1).bfloat16().double() for vector in tensors[4:]]  # under autocast they keep fp32
-    keywords = {"heads": heads} if op in ("conv2former", "former", "former2conv") else {}
+    keywords = {"heads": heads} if op in ("conv2former", "former", "former2conv", "text_path") else {}
     return [tensor.to(device, dtype) for tensor in tensors], keywords
 
 
@@ -261,6 +278,7 @@ def test_registrations_are_sound(op, backend):
             leaves = [tensor.detach().requires_grad_() for tensor in variant]
             extra = {
                 "former": (2, 1e-5, backend),
+                "text_path": (2, 1e-5, backend),
                 "conv2former": (2, 0.2, backend),
                 "former2conv": (2, 0.2, backend),
                 "score_map": (True, True, backend),
@@ -325,7 +343,7 @@ def test_export_keeps_a_backend_asked_for_and_takes_the_reference_otherwise(op, 
 @every_backend
 @every_op
 def test_autocast_decides_the_dtype(op, backend):
-    if (op, backend) == FP32_ALONE:
+    if (op, backend) in FP32_ALONE:
         pytest.skip("its kernel computes in float32 alone")
     tensors, keywords = make(op, device=device_of(backend))
     leaves = [tensor.requires_grad_() for tensor in tensors]
@@ -364,7 +382,7 @@ def test_what_is_not_finite_stays_where_it_belongs(op, backend, value):
         if op == "inverted_bottleneck":
             keywords = {"batch": False}  # a mean over the batch has it everywhere
         picture = 1 if op == "conv2former" else 0
-        if op != "former":
+        if op not in ("former", "text_path"):
             tensors[picture] = tensors[picture].contiguous(memory_format=layout)
         tensors[picture][(1, 3, 4, 5)[: tensors[picture].dim()]] = value
         result = OPS[op][0](*tensors, backend=backend, **keywords)
@@ -428,8 +446,10 @@ def test_operations_are_counted_by_hand(op, backend):
     tensors, keywords = make(
         op, batch=batch, tokens=tokens, width=width, height=height, breadth=breadth, device=device_of(backend)
     )
+    former = 2 * batch * tokens * 8 * channels * channels + 4 * batch * tokens * tokens * channels
     forward = {
-        "former": 2 * batch * tokens * 8 * channels * channels + 4 * batch * tokens * tokens * channels,
+        "former": former,
+        "text_path": former + 4 * 2 * batch * tokens * channels * channels,
         "conv2former": 4 * batch * pixels * tokens * channels,
         "former2conv": 4 * batch * pixels * tokens * channels,
         "score_map": 2 * batch * pixels * tokens * channels,
@@ -449,7 +469,7 @@ def test_operations_are_counted_by_hand(op, backend):
 @every_op
 def test_offsets_beyond_32_bits(op, backend):
     """Two images more than 2^31 elements apart in one storage, of which only their own pages are ever touched."""
-    dtype = torch.float32 if (op, backend) == FP32_ALONE else torch.bfloat16
+    dtype = torch.float32 if (op, backend) in FP32_ALONE else torch.bfloat16
     tensors, keywords = make(op, device=device_of(backend), dtype=dtype)
     picture = 1 if op == "conv2former" else 0
     image = tensors[picture]
@@ -477,8 +497,10 @@ def test_a_kernel_that_cannot_run_says_why(backend, caplog):
 def test_auto_never_takes_a_kernel_that_cannot_run(op, backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         tensors, keywords = make(op, device=device_of(backend), dtype=dtype)
+        pairs = [tensors[i : i + 2] for i in range(len(tensors) % 2 or 2, len(tensors), 2)]
         arguments = {
-            "former": (tensors[0], *zip(tensors[1::2], tensors[2::2], strict=False), 2, 1e-5),
+            "former": (tensors[0], *pairs, 2, 1e-5),
+            "text_path": (*tensors[:2], *pairs[:2], pairs[2:8], *pairs[8:], 2, 1e-5),
             "conv2former": (*tensors, 2, None),
             "former2conv": (*tensors, 2, None),
             "score_map": (*tensors, True, False),
