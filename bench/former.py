@@ -11,9 +11,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.case import Case, shapes
+from bench.case import Case, Shape, shapes
 from bench.common import main
-from bench.peers import split_heads
+from bench.peers import Graph, split_heads
 from fusekern.ops import former
 from fusekern.ops.former import former_reference
 
@@ -56,34 +56,10 @@ class Former(Case):
         return former_reference(tokens, *pairs_of(parts), heads=shape.heads)
 
     def compose(self, shape, attend, tokens: Tensor, *parts: Tensor) -> Tensor:
-        qkv, out, norm1, up, down, norm2 = pairs_of(parts)
-        heads = (split_heads(x, shape.heads) for x in F.linear(tokens, *qkv).chunk(3, 2))
-        mixed = attend(*heads).transpose(1, 2).flatten(2)
-        tokens = F.layer_norm(tokens + F.linear(mixed, *out), norm1[0].shape, *norm1)
-        return F.layer_norm(tokens + F.linear(F.gelu(F.linear(tokens, *up)), *down), norm2[0].shape, *norm2)
+        return former_composed(shape, attend, tokens, *pairs_of(parts))
 
     def graph(self, shape, graph, tensors, channels_last):
-        b, c, k, heads, d = shape.batch, shape.channels, shape.tokens, shape.heads, shape.channels // shape.heads
-        value = {name: graph.constant(tensor) for name, tensor in tensors.items() if tensor.dim() == 1}
-
-        def linear(x: str, name: str) -> str:
-            weight = graph.constant(tensors[f"{name}_weight"].T.contiguous())
-            return graph.add("Add", graph.add("MatMul", x, weight), value[f"{name}_bias"])
-
-        def norm(x: str, name: str) -> str:
-            return graph.add("LayerNormalization", x, value[f"{name}_weight"], value[f"{name}_bias"], epsilon=1e-5)
-
-        def gelu(x: str) -> str:
-            erf = graph.add("Erf", graph.scaled(x, 0.5**0.5))
-            return graph.scaled(graph.add("Mul", x, graph.add("Add", erf, graph.constant(np.float32(1)))), 0.5)
-
-        parts = graph.transpose(graph.reshape(linear("tokens", "qkv"), b, k, 3, heads, d), 2, 0, 3, 1, 4)
-        query, key, values = (graph.add("Gather", parts, graph.constant(np.int64(i)), axis=0) for i in range(3))
-        similarity = graph.add("MatMul", graph.scaled(query, d**-0.5), graph.transpose(key, 0, 1, 3, 2))
-        mixed = graph.add("MatMul", graph.add("Softmax", similarity, axis=3), values)
-        mixed = graph.reshape(graph.transpose(mixed, 0, 2, 1, 3), b, k, c)
-        first = norm(graph.add("Add", "tokens", linear(mixed, "out")), "norm1")
-        return norm(graph.add("Add", first, linear(gelu(linear(first, "up")), "down")), "norm2")
+        return former_graph(shape, graph, tensors, "tokens")
 
     def flops(self, shape):
         rows, c = shape.batch * shape.tokens, shape.channels
@@ -99,6 +75,44 @@ class Former(Case):
 
 def pairs_of(parts: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def former_composed(shape: Shape, attend, tokens: Tensor, qkv, out, norm1, up, down, norm2) -> Tensor:
+    heads = (split_heads(x, shape.heads) for x in F.linear(tokens, *qkv).chunk(3, 2))
+    mixed = attend(*heads).transpose(1, 2).flatten(2)
+    tokens = F.layer_norm(tokens + F.linear(mixed, *out), norm1[0].shape, *norm1)
+    return F.layer_norm(tokens + F.linear(F.gelu(F.linear(tokens, *up)), *down), norm2[0].shape, *norm2)
+
+
+def linear(graph: Graph, tensors: dict[str, Tensor], x: str, name: str) -> str:
+    """A linear layer, by the name that its weight and bias begin with."""
+    weight = graph.constant(tensors[f"{name}_weight"].T.contiguous())
+    return graph.add("Add", graph.add("MatMul", x, weight), graph.constant(tensors[f"{name}_bias"]))
+
+
+def norm(graph: Graph, tensors: dict[str, Tensor], x: str, name: str) -> str:
+    """A layer norm likewise."""
+    parts = (graph.constant(tensors[f"{name}_{part}"]) for part in WB)
+    return graph.add("LayerNormalization", x, *parts, epsilon=1e-5)
+
+
+def former_graph(shape: Shape, graph: Graph, tensors: dict[str, Tensor], tokens: str) -> str:
+    """Adds the block's nodes behind ``tokens`` and returns its result's name."""
+    b, c, k, heads, d = shape.batch, shape.channels, shape.tokens, shape.heads, shape.channels // shape.heads
+
+    def gelu(x: str) -> str:
+        erf = graph.add("Erf", graph.scaled(x, 0.5**0.5))
+        return graph.scaled(graph.add("Mul", x, graph.add("Add", erf, graph.constant(np.float32(1)))), 0.5)
+
+    parts = graph.reshape(linear(graph, tensors, tokens, "qkv"), b, k, 3, heads, d)
+    parts = graph.transpose(parts, 2, 0, 3, 1, 4)
+    query, key, values = (graph.add("Gather", parts, graph.constant(np.int64(i)), axis=0) for i in range(3))
+    similarity = graph.add("MatMul", graph.scaled(query, d**-0.5), graph.transpose(key, 0, 1, 3, 2))
+    mixed = graph.add("MatMul", graph.add("Softmax", similarity, axis=3), values)
+    mixed = graph.reshape(graph.transpose(mixed, 0, 2, 1, 3), b, k, c)
+    first = norm(graph, tensors, graph.add("Add", tokens, linear(graph, tensors, mixed, "out")), "norm1")
+    wide = gelu(linear(graph, tensors, first, "up"))
+    return norm(graph, tensors, graph.add("Add", first, linear(graph, tensors, wide, "down")), "norm2")
 
 
 CASES = (Former(),)

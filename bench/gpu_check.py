@@ -31,7 +31,7 @@ from bench import report
 from bench.common import STOPPED
 from fusekern import ops
 
-OPS = ("layer", "former2conv", "conv2former", "score_map", "downsample", "inverted_bottleneck", "former")
+OPS = ("layer", "former2conv", "conv2former", "score_map", "downsample", "inverted_bottleneck", "former", "text_path")
 # Tests of training, data and command line, and what must be installed for them.
 SEG_TESTS = ("data", "engine", "models", "test_cli.py", "test_recipes.py", "test_viz.py")
 SEG_MODULES = (
@@ -227,7 +227,16 @@ def exercise(device: str = "cuda", backend: str = "triton") -> None:
                 pairs = [tuple(parts[i : i + 2]) for i in range(0, len(parts), 2)]
                 batch = tuple(ops.BatchNorm(*of, None, None, 1e-5, True) for of in norms)
                 whole = "cuda" if backend == "triton" else backend  # half CUDA, half Triton
+                square = [
+                    draw(*size, dtype=dtype) for size in ((128, 128), (128,), (128, 128), (128,), (128, 128), (128,))
+                ]
+                around = [tuple(square[i : i + 2]) for i in (0, 2, 4)]
+                path = (around[0], pairs[2], tuple(pairs), *around[:3])
                 calls = {
+                    "text_path": (
+                        torch.cat(ops.text_path(key, value, *path, heads=2, backend=backend), 2),
+                        (key, value, *parts, *square),
+                    ),
                     "former": (ops.former(key, *pairs, heads=2, backend=backend), (key, *parts)),
                     "former2conv": (ops.former2conv(image, key, value, heads=2, backend=backend), (image, key, value)),
                     "conv2former": (ops.conv2former(key, image, heads=2, backend=backend), (key, image)),

@@ -16,18 +16,19 @@ from pathlib import Path
 
 import torch
 
-from bench import conv2former, downsample, former, former2conv, inverted_bottleneck, report, score_map
+from bench import conv2former, downsample, former, former2conv, inverted_bottleneck, report, score_map, text_path
 from bench.case import LAYOUTS, Case, Truth, lay_out, shapes, with_gradients
 from bench.common import DTYPES, in_one_line
 from fusekern.backends import BACKENDS, why_not
 
-MODULES = (former2conv, conv2former, score_map, downsample, inverted_bottleneck, former)
+MODULES = (former2conv, conv2former, score_map, downsample, inverted_bottleneck, former, text_path)
 CASES = tuple(module.CASES[0] for module in MODULES)
 SHAPES = {
     "attention": shapes("2,256,32,19", "2,256,32,150", "1,512,16,150", "1,128,24,847"),
     "downsample": shapes("2,256,32", "1,512,16", "1,64,65"),
     "inverted_bottleneck": shapes("2,128,24,2", "1,128,16,6"),
     "former": shapes("2,256,0,19", "1,512,0,150", "1,128,0,301"),
+    "text_path": shapes("2,256,0,19", "1,512,0,150", "1,128,0,301"),
     "quick": shapes("2,128,12,19"),
 }
 
