@@ -21,13 +21,14 @@ from bench import (
     peers,
     report,
     score_map,
+    text_path,
 )
 from bench.case import LAYOUTS, Shape, lay_out, make
 from bench.timing import Burst, Ceilings, interleaved, rotation
 
 MODULES = {
     module.CASES[0].op: module
-    for module in (former2conv, conv2former, score_map, downsample, inverted_bottleneck, former, layer)
+    for module in (former2conv, conv2former, score_map, downsample, inverted_bottleneck, former, text_path, layer)
 }
 ALL_CASES = [case for module in MODULES.values() for case in module.CASES]
 TINY = ["--quick", "--backend", "reference", "--seconds-a-pass", "0.01", "--shapes", "1,128,9,5"]
