@@ -9,6 +9,7 @@ namespace fusekern {
 
 // Of a product at a time: an item of work, whose result stays in the cache.
 constexpr int64_t PRODUCT_COLUMNS = 256, PRODUCT_ROWS = 512;
+constexpr int64_t STRAIGHT_ROWS = 96;
 
 struct Matrix {
   float* data;
@@ -36,15 +37,22 @@ inline void multiply(int64_t rows, int64_t columns, int64_t terms, const Matrix&
 inline void linear(int64_t R, int64_t n, int64_t d, const Matrix& x, const float* weight, const float* bias,
                    const Matrix* residual, float* out, float* activated) {
   const int64_t blocks = (n + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, chunks = (R + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+  // To copy the weight together, a vector of its columns at a time, is a share of 1 / R; it leaves no vector part empty
+  // and the result where it belongs.
+  const bool straight = R >= STRAIGHT_ROWS;
   in_parallel(blocks * chunks, 2 * R * n * d / (blocks * chunks), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item % blocks * PRODUCT_COLUMNS, r = item / blocks * PRODUCT_ROWS;
       const int64_t columns = std::min(PRODUCT_COLUMNS, n - i), rows = std::min(PRODUCT_ROWS, R - r);
-      const Scratch product(columns * rows);
+      const Scratch product(straight ? 0 : columns * rows);
       const Matrix some{const_cast<float*>(weight) + i * d, d, 1};
-      multiply(columns, rows, d, some, turned(at(x, r, 0)), {product.data, rows, 1}, false);
+      if (straight)
+        multiply(rows, columns, d, at(x, r, 0), turned(some), {out + r * n + i, n, 1}, false);
+      else
+        multiply(columns, rows, d, some, turned(at(x, r, 0)), {product.data, rows, 1}, false);
       LinearFinish finish{};
-      finish.product = product.data, finish.rows = rows, finish.columns = columns, finish.ld = n;
+      finish.product = straight ? nullptr : product.data;
+      finish.rows = rows, finish.columns = columns, finish.ld = n;
       finish.bias = bias == nullptr ? nullptr : bias + i;
       if (residual != nullptr) finish.residual = at(*residual, r, i).data, finish.residual_ld = residual->row;
       finish.out = out + r * n + i;

@@ -57,6 +57,18 @@ FUSEKERN_INLINE void each(int64_t count, const F& f) {
 
 void linear_finish(const LinearFinish& f) {
   using namespace text;
+  if (f.product == nullptr) {
+    for (int64_t r = 0; r < f.rows; ++r)
+      each(f.columns, [&](int64_t c, Lanes lanes) {
+        float* const to = f.out + r * f.ld + c;
+        V x = load(to, lanes);
+        if (f.bias != nullptr) x = x + load(f.bias + c, lanes);
+        if (f.residual != nullptr) x = x + load(f.residual + r * f.residual_ld + c, lanes);
+        store(to, x, lanes);
+        if (f.activated != nullptr) store(f.activated + r * f.ld + c, gelu(x), lanes);
+      });
+    return;
+  }
   for (int64_t c = 0; c < f.columns; c += W) {
     const Lanes across = first(f.columns - c);
     const V bias = f.bias == nullptr ? zero() : load(f.bias + c, across);

@@ -17,9 +17,9 @@ struct MatrixProduct {
   bool add;
 };
 
-// Some rows and columns of a product, which lies transposed, on their way to where they belong.
+// Some rows and columns of a product, which lies transposed, on their way to where they belong, or which are there.
 struct LinearFinish {
-  const float* product;  // [columns][rows]
+  const float* product;  // [columns][rows], or null: out holds it
   int64_t rows, columns, ld;
   const float* bias;      // [columns], or null
   const float* residual;  // [rows][columns] at its own ld, or null
