@@ -422,12 +422,23 @@ def test_launches_without_a_gpu_are_called_planned(tmp_path, capsys):
     assert len(found["rows"]) == len(entries) * len(places) and found["blocks"] == []
     for row in found["rows"]:
         assert row["state"] == "planned" and row["wrong"] == [] and "found" not in row
-        assert set(row["planned"]) == {"fwd", "bwd"} and all(row["planned"].values())
-        assert all(name.startswith(row["op"]) or name in launches().TORCH for name in sum(row["planned"].values(), []))
+        assert {"fwd", "bwd"} <= set(row["planned"]) <= set(launches().BUDGET) and all(row["planned"].values())
+        names = sum(row["planned"].values(), [])
+        assert all(name.endswith("_kernel") or name in launches().TORCH for name in names)
     (down,) = (row for row in found["rows"] if row["op"] == "downsample" and row["layout"] == "NCHW")
     assert down["planned"]["fwd"][0] == "copy"  # of the weight
     text = capsys.readouterr().out
-    assert text.count("| planned |") == 2 * len(found["rows"]) and "0 red, all of them planned" in text
+    assert text.count("| planned |") == sum(len(row["planned"]) for row in found["rows"])
+    assert "0 red, all of them planned" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_stage_of_launches_wants_a_device(tmp_path, capsys):
+    (stage,) = (stage for stage in gpu_check.stages(tmp_path) if stage.name == "launches")
+    assert stage.commands[0][:3] == ("python", "-m", "bench.launches")
+    with pytest.raises(SystemExit, match="2"):
+        launches().main(stage.commands[0][3:])
+    assert capsys.readouterr().err == "no CUDA device\n"
 
 
 # As the profiler names them.
