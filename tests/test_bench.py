@@ -425,11 +425,21 @@ def test_launches_without_a_gpu_are_called_planned(tmp_path, capsys):
         assert {"fwd", "bwd"} <= set(row["planned"]) <= set(launches().BUDGET) and all(row["planned"].values())
         names = sum(row["planned"].values(), [])
         assert all(name.endswith("_kernel") or name in launches().TORCH for name in names)
+    committed = json.loads((page.RESULTS / "launches.json").read_text())
+    assert [row["planned"] for row in committed["rows"]] == [row["planned"] for row in found["rows"]]
     (down,) = (row for row in found["rows"] if row["op"] == "downsample" and row["layout"] == "NCHW")
     assert down["planned"]["fwd"][0] == "copy"  # of the weight
     text = capsys.readouterr().out
     assert text.count("| planned |") == sum(len(row["planned"]) for row in found["rows"])
     assert "0 red, all of them planned" in text
+
+
+def test_a_page_says_whether_launches_were_measured():
+    result = json.loads((page.RESULTS / "launches.json").read_text())
+    words, _, _, _, first, *_ = page.launches({**result, "rows": [{**result["rows"][0], "state": "planned"}]})
+    assert words.startswith("Planned, not measured") and first.endswith("| planned |")
+    words, _, _, _, first, *_ = page.launches({**result, "rows": [{**result["rows"][0], "state": "measured"}]})
+    assert words.startswith("Measured") and first.endswith("| measured |")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
