@@ -840,9 +840,10 @@ def _copied(tokens: Tensor) -> bool:
 
 def _rows(tokens: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """``[B, K, C]``, its channels side by side and aligned, copied if need be: it is small; and its first strides."""
-    if _copied(tokens):
-        tokens = tokens.clone(memory_format=torch.contiguous_format)
-    return tokens, _row_strides(tokens)
+    if not _copied(tokens):
+        return tokens, _row_strides(tokens)
+    _, count, channels = tokens.shape
+    return tokens.clone(memory_format=torch.contiguous_format), (count * channels, channels)
 
 
 def _kind(dtype: torch.dtype, layout: str) -> str:

@@ -496,22 +496,27 @@ def test_a_wrong_plan_is_told_from_a_right_one():
     assert differences("fwd", (), []) == [] and "planned nothing" in differences("fwd", (), found)[0]
 
 
-@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("extra", [0, 1])
 def test_what_the_device_did_is_held_against_the_plan(extra, monkeypatch):
     """On a CPU nothing is recorded: what stands in for it is the plan, with a copy too much or without."""
-    entry = next(entry for entry in launches().ENTRIES if entry.case.op == "former2conv")
-    planned = launches().row_of(entry, Shape(1, 64, 6, 5), "channels_last", "none")["planned"]
-    recorded = iter([list(planned["fwd"]), list(planned["bwd"]) + [COPY] * extra, []])
+    monkeypatch.setattr(launches(), "DTYPE", torch.float32)
+    recorded = []
 
     def activities(call):
         call()
-        return next(recorded)
+        return recorded.pop(0)
 
     monkeypatch.setattr(launches(), "activities", activities)
-    row = launches().row_of(entry, Shape(1, 64, 6, 5), "channels_last", "cpu")
-    assert row["state"] == "measured" and row["found"]["fwd"] == list(planned["fwd"])
-    assert row["wrong"] == launches().differences("bwd", planned["bwd"], [*planned["bwd"], *[COPY] * extra])
-    assert bool(row["wrong"]) is extra
+    for entry in launches().ENTRIES:
+        recorded[:] = [], [], []
+        nothing = launches().row_of(entry, Shape(1, 64, 6, 5), "channels_last", "cpu")
+        fwd, bwd = (list(nothing["planned"][which]) for which in ("fwd", "bwd"))
+        assert len(nothing["wrong"]) == 2 and nothing["state"] == "measured"
+        recorded[:] = fwd, [*bwd, *[COPY] * extra], fwd
+        row = launches().row_of(entry, Shape(1, 64, 6, 5), "channels_last", "cpu")
+        assert row["found"]["bwd"] == [*bwd, *["copy"] * extra]
+        assert row["wrong"] == launches().differences("bwd", bwd, row["found"]["bwd"])
+        assert len(row["wrong"]) == extra
 
 
 def test_the_block_whose_launches_are_counted(monkeypatch):
