@@ -72,11 +72,13 @@ def stages(out: Path) -> list[Stage]:
     absent = [name for name in SEG_MODULES if find_spec(name) is None]
     ignored = [f"--ignore=tests/{name}" for name in SEG_TESTS] if absent else []
     done = "--deselect=tests/kernels/test_interpreter.py::test_on_the_device"
+    measure = ("--device", "cuda", "--out")
     found = [
         Stage("environment", ((python, "-m", "bench.report"),), 60, always=True),
         Stage("build", (pip, tell), 240, always=True),
         Stage("kernels", ((*pytest, "-m", "gpu", "tests/kernels"),), 240),
         Stage("tests", ((*pytest, *spread, done, *ignored, "tests"),), 300),
+        Stage("launches", ((python, "-m", "bench.launches", *measure, str(out / "launches.json")),), 240),
     ]
     sanitizer = _sanitizer()
     for tool in ("memcheck", "racecheck"):
@@ -86,7 +88,6 @@ def stages(out: Path) -> list[Stage]:
         # Without torch's pool each tensor has an allocation of its own, and a read beyond it shows.
         alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
         found.append(Stage(tool, (command,), 150, missing, environment=alone))
-    measure = ("--device", "cuda", "--out")
     numerics = (python, "-m", "bench.numerics", *measure, str(out / "numerics.json"))
     found.append(Stage("numerics", (numerics,), 120))
     for kind in ("headline", "rest", "compile"):

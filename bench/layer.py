@@ -173,6 +173,18 @@ class Exported(nn.Module):
 
 def eager(p: dict[str, Tensor], image: Tensor, text: Tensor, heads: int, attend, training: bool) -> Tensor:
     """The layer as PyTorch is fastest at it: fused attention, activations in place."""
+    text = text.expand(image.shape[0], -1, -1)
+    first_image, first_text = image, text
+    for i in range(BLOCKS):
+        image, text = eager_block(p, f"blocks.{i}.", image, text, heads, attend, training)
+    image, text = image + first_image, text + first_text
+    return ScoreMap().compose(None, None, image, text)
+
+
+def eager_block(
+    p: dict[str, Tensor], prefix: str, image: Tensor, text: Tensor, heads: int, attend, training: bool
+) -> tuple[Tensor, Tensor]:
+    """One block; ``prefix`` begins the names of its parameters, and of its running statistics if they are given."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
@@ -181,32 +193,31 @@ def eager(p: dict[str, Tensor], image: Tensor, text: Tensor, heads: int, attend,
         return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
 
     def batch_norm(x: Tensor, name: str) -> Tensor:
-        running = (None, None) if training else (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
+        running = p.get(f"{name}.running_mean"), p.get(f"{name}.running_var")
+        if training:
+            running = None, None
+        elif running[0] is None:
+            running = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
         return F.batch_norm(x, *running, p[f"{name}.weight"], p[f"{name}.bias"], training=training)
 
     def cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(*(peers.split_heads(x, heads) for x in (query, key, value))).transpose(1, 2).flatten(2)
 
-    text = text.expand(image.shape[0], -1, -1)
-    first_image, first_text = image, text
-    for i in range(BLOCKS):
-        at = f"blocks.{i}.image_to_text"
-        pixels = F.conv2d(image, p[f"{at}.downsample.weight"], p[f"{at}.downsample.bias"], stride=3)
-        pixels = peers.rows(pixels)
-        text = layer_norm(text + linear(cross(linear(text, f"{at}.query"), pixels, pixels), f"{at}.out"), f"{at}.norm")
-        at = f"blocks.{i}.transformer"
-        text = layer_norm(text + linear(cross(*linear(text, f"{at}.qkv").chunk(3, 2)), f"{at}.out"), f"{at}.norm1")
-        text = layer_norm(text + linear(F.gelu(linear(text, f"{at}.up")), f"{at}.down"), f"{at}.norm2")
-        at = f"blocks.{i}.bottleneck"
-        hidden = F.relu6(batch_norm(F.conv2d(image, p[f"{at}.expand.weight"]), f"{at}.norm1"), inplace=True)
-        hidden = F.conv2d(hidden, p[f"{at}.depthwise.weight"], padding=1, groups=hidden.shape[1])
-        hidden = F.relu6(batch_norm(hidden, f"{at}.norm2"), inplace=True)
-        image = image + batch_norm(F.conv2d(hidden, p[f"{at}.project.weight"]), f"{at}.norm3")
-        at = f"blocks.{i}.text_to_image"
-        gathered = cross(peers.rows(image), linear(text, f"{at}.key"), linear(text, f"{at}.value"))
-        image = image + gathered.transpose(1, 2).unflatten(2, image.shape[2:])
-    image, text = image + first_image, text + first_text
-    return ScoreMap().compose(None, None, image, text)
+    at = f"{prefix}image_to_text"
+    pixels = F.conv2d(image, p[f"{at}.downsample.weight"], p[f"{at}.downsample.bias"], stride=3)
+    pixels = peers.rows(pixels)
+    text = layer_norm(text + linear(cross(linear(text, f"{at}.query"), pixels, pixels), f"{at}.out"), f"{at}.norm")
+    at = f"{prefix}transformer"
+    text = layer_norm(text + linear(cross(*linear(text, f"{at}.qkv").chunk(3, 2)), f"{at}.out"), f"{at}.norm1")
+    text = layer_norm(text + linear(F.gelu(linear(text, f"{at}.up")), f"{at}.down"), f"{at}.norm2")
+    at = f"{prefix}bottleneck"
+    hidden = F.relu6(batch_norm(F.conv2d(image, p[f"{at}.expand.weight"]), f"{at}.norm1"), inplace=True)
+    hidden = F.conv2d(hidden, p[f"{at}.depthwise.weight"], padding=1, groups=hidden.shape[1])
+    hidden = F.relu6(batch_norm(hidden, f"{at}.norm2"), inplace=True)
+    image = image + batch_norm(F.conv2d(hidden, p[f"{at}.project.weight"]), f"{at}.norm3")
+    at = f"{prefix}text_to_image"
+    gathered = cross(peers.rows(image), linear(text, f"{at}.key"), linear(text, f"{at}.value"))
+    return image + gathered.transpose(1, 2).unflatten(2, image.shape[2:]), text
 
 
 CASES = (Training(), Inference())

@@ -99,6 +99,15 @@ def headlines() -> list[str]:
     return [*lines, "", f"Measured on {', '.join(dates)}; commands and versions stand in docs/performance.md."]
 
 
+def launches(result: dict) -> list[str]:
+    """The launches of the first shape, and whether a device was seen to make them."""
+    rows = [row for row in result["rows"] if row["shape"] == result["rows"][0]["shape"]]
+    words = f"Planned, not measured: what the launchers decide for {result['processor']}. "
+    if all(row["state"] == "measured" for row in rows):
+        words = f"Measured: what the profiler saw, with {result['processor']}. "
+    return [words + origin(result), "", *report.launch_lines(rows)]
+
+
 def origin(result: dict) -> str:
     """Command, device, versions, commit and date."""
     versions = ", ".join(f"{name} {of}" for name, of in result["versions"].items() if of)
@@ -146,6 +155,8 @@ def figures(name: str) -> str:
     if name in ("goals", "headlines"):
         return "\n".join(["", *{"goals": goals, "headlines": headlines}[name](), ""])
     result = load(name)
+    if result["op"] == "launches":
+        return "\n".join([*launches(result), ""])
     if result["op"] in ("numerics", "model"):
         lines = {"numerics": numerics.table, "model": report.model_lines}[result["op"]](result["rows"])
     else:

@@ -190,6 +190,22 @@ def model_lines(rows: Iterable[dict]) -> list[str]:
     return lines
 
 
+def launch_lines(rows: Iterable[dict]) -> list[str]:
+    """Of ``bench.launches``: how many launches each op has, and which; PyTorch's own are not called kernels."""
+
+    def short(op: str, name: str) -> str:
+        return f"`{name.removeprefix(op + '_').removesuffix('_kernel')}`" if name.endswith("_kernel") else name
+
+    lines = ["| op | B,C,H,K | dtype | layout | pass | launches | which | |", "|" + "---|" * 8]
+    for row in rows:
+        place = [row["op"], row["shape"], row["dtype"], row["layout"]]
+        for which, names in row["planned"].items():
+            verdict = "RED: " + "; ".join(row["wrong"]) if row["wrong"] else row["state"]
+            cells = [*place, which, str(len(names)), ", ".join(short(row["op"], name) for name in names), verdict]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def slower_than_reference(rows: Iterable[dict]) -> list[str]:
     """Where ``auto`` takes the kernel and the plain PyTorch is faster: it should not."""
     return [

@@ -455,9 +455,46 @@ def _precision(tokens: Tensor) -> str:
     return "tf32" if tokens.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def _copied(tensor: Tensor) -> bool:
+    return tensor.stride(2) != 1 and not tensor.is_contiguous()
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """``[B, K, C]`` with the channels of a token side by side; what is as small as text may be copied."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    return tensor.contiguous() if _copied(tensor) else tensor
+
+
+def _shares(query: Tensor, tokens: Tensor, heads: int, tile: Tile) -> tuple[int, int, int]:
+    """Blocks of queries, tiles that a program walks over, and programs that share a block."""
+    blocks = triton.cdiv(query.shape[1], tile.queries)
+    tiles = triton.cdiv(tokens.shape[2] * tokens.shape[3], tile.tokens)
+    run = run_length(query.shape[0] * heads * blocks, tiles)
+    return blocks, run, triton.cdiv(tiles, run)
+
+
+def _alone(tiles: int, kind: str) -> bool:
+    """Does one kernel do the whole backward? For the other kinds a fifth product is too much for the registers."""
+    return tiles == 1 and kind == "half"
+
+
+def launches(query: Tensor, tokens: Tensor, heads: int, grad: Tensor) -> dict[str, tuple[str, ...]]:
+    """What forward and backward launch, in order: kernels by name, and a ``"copy"`` where PyTorch makes one.
+
+    Nothing of the tensors is read: they may be on ``meta``. ``grad`` is that of the result.
+    """
+    width = tokens.shape[1] // heads
+    kind = kind_of(tokens, width)
+    setting = SETTINGS[kind, padded_width(width)]
+    tiles = triton.cdiv(tokens.shape[2] * tokens.shape[3], setting.dx.tokens)
+    fwd = [*["copy"] * _copied(query), "conv2former_fwd_kernel"]
+    if _shares(query, tokens, heads, setting.fwd)[2] > 1:
+        fwd.append("conv2former_fwd_join_kernel")
+    bwd = ["copy"] * (_copied(grad) + _copied(query))
+    if not _alone(tiles, kind):
+        bwd.append("conv2former_bwd_dq_kernel")
+        if _shares(query, tokens, heads, setting.dq)[2] > 1:
+            bwd.append("conv2former_bwd_sum_kernel")
+    return {"fwd": tuple(fwd), "bwd": (*bwd, "conv2former_bwd_dx_kernel")}
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:
@@ -471,9 +508,7 @@ def conv2former_fwd(query: Tensor, tokens: Tensor, heads: int, scale: float, out
     layout, strides = _layout(tokens)
     kind = kind_of(tokens, width)
     tile = SETTINGS[kind, padded_width(width)].fwd
-    blocks, tiles = triton.cdiv(count, tile.queries), triton.cdiv(size, tile.tokens)
-    run = run_length(batch * heads * blocks, tiles)
-    splits = triton.cdiv(tiles, run)
+    blocks, run, splits = _shares(query, tokens, heads, tile)
     head = {"D": width, "BD": padded_width(width)}
     with _device_of(tokens):
         query = _rows(query)
@@ -532,8 +567,7 @@ def conv2former_bwd(
     }
     with _device_of(tokens):
         grad, query, out = _rows(grad), _rows(query), _rows(out)
-        # For the other kinds a fifth product is too much for the registers.
-        alone = tiles == 1 and kind == "half"
+        alone = _alone(tiles, kind)
         delta = lse if alone else torch.empty_like(lse)
         inputs = (*grad.stride()[:2], *query.stride()[:2], *strides, *out.stride()[:2])
         if not alone:
@@ -555,9 +589,7 @@ def conv2former_bwd(
 def _bwd_dq(grad, query, tokens, out, lse, delta, heads, scale, dquery, strides, tile, shared) -> None:
     batch, count, _ = query.shape
     size = tokens.shape[2] * tokens.shape[3]
-    blocks, tiles = triton.cdiv(count, tile.queries), triton.cdiv(size, tile.tokens)
-    run = run_length(batch * heads * blocks, tiles)
-    splits = triton.cdiv(tiles, run)
+    blocks, run, splits = _shares(query, tokens, heads, tile)
     result = dquery
     if splits > 1:
         result = torch.empty((splits, *dquery.shape), dtype=torch.float32, device=dquery.device)

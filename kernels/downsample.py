@@ -371,6 +371,43 @@ def _device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def launches(image: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> dict[str, tuple[str, ...]]:
+    """What forward and backward launch, in order: kernels by name, and of PyTorch's own a ``"copy"`` or a ``"sum"``.
+
+    Nothing of the tensors is read: they may be on ``meta``. ``grad`` is that of the result; the gradient of the weight
+    is taken to be channels_last if the weight is.
+    """
+    channels, rows = image.shape[1], grad.shape[0] * grad.shape[2] * grad.shape[3]
+    taps = ["copy"] * (not weight.permute(0, 2, 3, 1).is_contiguous())
+    fwd = [*taps, *["copy"] * (bias is not None and not bias.is_contiguous()), "downsample_fwd_kernel"]
+    if _fwd_shares(setting_of(kind_of(image), rows, channels).fwd, rows, channels)[2] > 1:
+        fwd.append("downsample_sum_kernel")
+    bwd = [*["sum"] * (bias is not None), *taps, "downsample_bwd_image_kernel", "downsample_bwd_weight_kernel"]
+    tile = setting_of(kind_of(image, grad), rows, channels).weight
+    if _summed(_weight_shares(tile, rows, channels)[2], weight):
+        bwd.append("downsample_sum_kernel")
+    return {"fwd": tuple(fwd), "bwd": tuple(bwd)}
+
+
+def _fwd_shares(tile: Tile, rows: int, channels: int) -> tuple[int, int, int]:
+    """Tiles, steps of a program, and programs that share a tile."""
+    tiles, steps = triton.cdiv(rows, tile.BM) * triton.cdiv(channels, tile.BO), 9 * triton.cdiv(channels, tile.BC)
+    run = run_length(tiles, steps)
+    return tiles, run, triton.cdiv(steps, run)
+
+
+def _weight_shares(tile: Tile, rows: int, channels: int) -> tuple[int, int, int]:
+    """The same of the weight's gradient."""
+    tiles, steps = 9 * triton.cdiv(channels, tile.BO) * triton.cdiv(channels, tile.BC), triton.cdiv(rows, tile.BM)
+    run = run_length(tiles, steps)
+    return tiles, run, triton.cdiv(steps, run)
+
+
+def _summed(splits: int, dweight: Tensor) -> bool:
+    """A contiguous gradient has the taps side by side; the sum puts them there."""
+    return splits > 1 or dweight.stride(1) != 1
+
+
 def _taps(weight: Tensor) -> Tensor:
     """``[C, 9, C]``, the input channels last; a copy if they are not so already."""
     return weight.permute(0, 2, 3, 1).contiguous()
@@ -397,10 +434,8 @@ def downsample_fwd(image: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
     h, w = out.shape[2:]
     rows = batch * h * w
     tile = setting_of(kind_of(image), rows, channels).fwd
-    blocks, steps = triton.cdiv(rows, tile.BM), 9 * triton.cdiv(channels, tile.BC)
-    programs = blocks * triton.cdiv(channels, tile.BO)
-    run = run_length(programs, steps)
-    splits = triton.cdiv(steps, run)
+    blocks = triton.cdiv(rows, tile.BM)
+    programs, run, splits = _fwd_shares(tile, rows, channels)
     with _device_of(image):
         weight = _taps(weight)
         bias = None if bias is None else bias.contiguous()
@@ -463,13 +498,9 @@ def _bwd_weight(grad: Tensor, image: Tensor, dweight: Tensor, tile: Tile) -> Non
     _, channels, height, width = image.shape
     h, w = grad.shape[2:]
     rows = grad.shape[0] * h * w
-    steps = triton.cdiv(rows, tile.BM)
-    programs = 9 * triton.cdiv(channels, tile.BO) * triton.cdiv(channels, tile.BC)
-    run = run_length(programs, steps)
-    splits = triton.cdiv(steps, run)
-    # A contiguous gradient has the taps side by side; the sum puts them there.
+    programs, run, splits = _weight_shares(tile, rows, channels)
     result = dweight
-    if splits > 1 or dweight.stride(1) != 1:
+    if _summed(splits, dweight):
         result = torch.empty((splits, channels, 9, channels), dtype=torch.float32, device=dweight.device)
     downsample_bwd_weight_kernel[(programs * splits,)](
         *(grad, image, result, rows, height, width, h, w, run, *grad.stride(), *image.stride()),

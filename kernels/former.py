@@ -767,20 +767,20 @@ def padded(width: int, least: int) -> int:
     return max(least, triton.next_power_of_2(width))
 
 
-def launches(channels: int, hidden: int, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def launches(channels: int, hidden: int, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
     """The kernels that forward and backward launch, in their order."""
     whole = (kind_of(dtype, channels, hidden), padded(channels, 64)) in WHOLE
     product, norm = "former_bwd_product_kernel", "former_bwd_norm_kernel"
-    return (
-        (
+    return {
+        "fwd": (
             *("former_fwd_product_kernel", "former_fwd_attention_kernel", *["former_fwd_product_kernel"] * 3),
             *([] if whole else ["former_fwd_norm_kernel"]),
         ),
-        (
+        "bwd": (
             *(norm, product, product, norm, product, "former_bwd_attention_kernel", product),
             *("former_bwd_weight_kernel", "former_bwd_vector_kernel"),
         ),
-    )
+    }
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:

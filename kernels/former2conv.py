@@ -828,13 +828,21 @@ def _layout(heads: int, *images: Tensor) -> str:
     return layouts.pop() if len(layouts) == 1 else "strided"
 
 
+def _row_strides(tokens: Tensor) -> tuple[int, int]:
+    return tokens.stride(0) if tokens.shape[0] > 1 else 0, tokens.stride(1) if tokens.shape[1] > 1 else 0
+
+
+def _copied(tokens: Tensor) -> bool:
+    """Are its channels not side by side, or not aligned?"""
+    unit = 1 if tokens.shape[2] % 16 else 16
+    return tokens.stride(2) != 1 or any(number % unit for number in (*_row_strides(tokens), tokens.data_ptr()))
+
+
 def _rows(tokens: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """``[B, K, C]``, its channels side by side and aligned, copied if need be: it is small; and its first strides."""
-    batch, count, channels = tokens.shape
-    strides = tokens.stride(0) if batch > 1 else 0, tokens.stride(1) if count > 1 else 0
-    unit = 1 if channels % 16 else 16
-    if tokens.stride(2) == 1 and not any(number % unit for number in (*strides, tokens.data_ptr())):
-        return tokens, strides
+    if not _copied(tokens):
+        return tokens, _row_strides(tokens)
+    _, count, channels = tokens.shape
     return tokens.clone(memory_format=torch.contiguous_format), (count * channels, channels)
 
 
@@ -874,28 +882,94 @@ def _options(setting: Setting, kind: str, width: int, **more: object) -> dict[st
     }
 
 
+class Choice(NamedTuple):
+    """A kernel by its name in ``SETTINGS``, and among how many programs the tiles of a row are shared out."""
+
+    name: str
+    setting: Setting
+    tiles: int
+    programs: int
+
+
+def _choose_fwd(image: Tensor, count: int, heads: int, layout: str, arch: int, processors: int) -> Choice:
+    batch, channels, height, width = image.shape
+    kind, head, size = _kind(image.dtype, layout), channels // heads, height * width
+    fast = layout != "strided"
+    setting = setting_of("fwd", kind, head, count, arch) if fast else None
+    if setting:
+        tiles = triton.cdiv(size, setting.BN)
+        programs = programs_of(tiles, batch * heads, WAVES * processors * setting.resident)
+        return Choice("fwd", setting, tiles, programs)
+    name = "fwd online" if fast else "fwd strided"
+    setting = setting_of(name, kind, head, count, arch)
+    tiles = triton.cdiv(size, setting.BN)
+    return Choice(name, setting, tiles, tiles)
+
+
+def _choose_bwd(image: Tensor, count: int, heads: int, layout: str, arch: int, processors: int) -> list[Choice]:
+    """One kernel for few tokens; for many two, of which the last adds up the tokens' gradients."""
+    batch, channels, height, width = image.shape
+    kind, head, size, rows = _kind(image.dtype, layout), channels // heads, height * width, batch * heads
+    fast = layout != "strided"
+    setting = setting_of("bwd", kind, head, count, arch) if fast else None
+    if setting:
+        tiles = triton.cdiv(size, setting.BN)
+        return [Choice("bwd", setting, tiles, programs_of(tiles, rows, WAVES_OF_SUMS * processors * setting.resident))]
+    setting = setting_of("bwd dx", kind, head, count, arch) if fast else None
+    if setting:
+        tiles = triton.cdiv(size, setting.BN)
+        dx = Choice("bwd dx", setting, tiles, programs_of(tiles, rows, WAVES * processors * setting.resident))
+    else:
+        name = "bwd dx online" if fast else "bwd dx strided"
+        setting = setting_of(name, kind, head, count, arch)
+        tiles = triton.cdiv(size, setting.BN)
+        dx = Choice(name, setting, tiles, tiles)
+    name = "bwd dkv" if fast else "bwd dkv strided"
+    setting = setting_of(name, kind, head, count, arch)
+    tiles, blocks = triton.cdiv(size, setting.BN), triton.cdiv(count, setting.BK)
+    programs = programs_of(tiles, rows * blocks, WAVES_OF_SUMS * processors * setting.resident)
+    return [dx, Choice(name, setting, tiles, programs)]
+
+
+def launches(
+    image: Tensor, key: Tensor, value: Tensor, heads: int, grad: Tensor, device: tuple[int, int] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """What forward and backward launch, in order: kernels by name, and a ``"copy"`` where PyTorch makes one.
+
+    Nothing of the tensors is read: they may be on ``meta``. ``grad`` is that of the result, which is taken to lie as
+    densely as it can, in channels_last if the channels of the image are side by side, and ``dimage`` so too.
+    ``device`` is what ``_device`` says, by default of the image's.
+    """
+    last = torch.channels_last if image.stride(1) == 1 else torch.contiguous_format
+    dense = torch.empty(image.shape, dtype=image.dtype, device="meta", memory_format=last)
+    given = key.shape[1], heads
+    device = device or _device(image.device)
+    copies = ["copy"] * (_copied(key) + _copied(value))
+    fwd = _choose_fwd(image, *given, _layout(heads, image, dense), *device)
+    bwd = _choose_bwd(image, *given, _layout(heads, grad, image, dense), *device)
+    total = ["former2conv_bwd_sum_kernel"] * (bwd[-1].programs > 1)
+    return {
+        "fwd": (*copies, KERNELS[fwd.name].__name__),
+        "bwd": (*copies, *(KERNELS[choice.name].__name__ for choice in bwd), *total),
+    }
+
+
 def former2conv_fwd(image: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, out: Tensor) -> None:
     """Fills ``out`` ``[B, C, H, W]``."""
     batch, channels, height, width = image.shape
     size, count, head = height * width, key.shape[1], channels // heads
     layout = _layout(heads, image, out)
     kind = _kind(image.dtype, layout)
-    arch, processors = _device(image.device)
-    fast = layout != "strided"
-    setting = setting_of("fwd", kind, head, count, arch) if fast else None
+    name, setting, tiles, programs = _choose_fwd(image, count, heads, layout, *_device(image.device))
     with _on(image):
         (key, key_strides), (value, value_strides) = _rows(key), _rows(value)
         strides = *strides_of(image), *key_strides, *value_strides, *strides_of(out)
-        if setting:
-            tiles = triton.cdiv(size, setting.BN)
-            programs = programs_of(tiles, batch * heads, WAVES * processors * setting.resident)
+        if name == "fwd":
             options = _options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD, BK2=setting.BK2)
             former2conv_fwd_kernel[(batch * heads * programs,)](
                 *(image, key, value, out, scale, size, width, count, heads, tiles, programs), *strides, **options
             )
         else:
-            setting = setting_of("fwd online" if fast else "fwd strided", kind, head, count, arch)
-            tiles = triton.cdiv(size, setting.BN)
             options = _options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD)
             former2conv_fwd_online_kernel[(batch * heads * tiles,)](
                 *(image, key, value, out, scale, size, width, count, heads, tiles), *strides, **options
@@ -917,17 +991,13 @@ def former2conv_bwd(
     batch, channels, height, width = image.shape
     size, count, head = height * width, key.shape[1], channels // heads
     layout = _layout(heads, grad, image, dimage)
-    kind = _kind(image.dtype, layout)
-    arch, processors = _device(image.device)
-    fast, rows = layout != "strided", batch * heads
-    setting = setting_of("bwd", kind, head, count, arch) if fast else None
+    kind, rows = _kind(image.dtype, layout), batch * heads
+    *first, (name, setting, tiles, programs) = _choose_bwd(image, count, heads, layout, *_device(image.device))
     with _on(image):
         (key, key_strides), (value, value_strides) = _rows(key), _rows(value)
         strides = *strides_of(grad), *strides_of(image), *key_strides, *value_strides
-        if setting:
-            tiles = triton.cdiv(size, setting.BN)
-            programs = programs_of(tiles, rows, WAVES_OF_SUMS * processors * setting.resident)
-            sums = _sums(dkey, dvalue, programs)
+        sums = _sums(dkey, dvalue, programs)
+        if name == "bwd":
             former2conv_bwd_kernel[(rows * programs,)](
                 *(grad, image, key, value, dimage, *sums, scale),
                 *(batch, size, width, count, heads, tiles, programs, *strides, *strides_of(dimage)),
@@ -936,27 +1006,20 @@ def former2conv_bwd(
         else:
             lse, delta = torch.empty((2, batch, heads, size), dtype=torch.float32, device=image.device)
             inputs = grad, image, key, value
-            setting = setting_of("bwd dx", kind, head, count, arch) if fast else None
-            if setting:
-                tiles = triton.cdiv(size, setting.BN)
-                programs = programs_of(tiles, rows, WAVES * processors * setting.resident)
-                former2conv_bwd_dx_kernel[(rows * programs,)](
-                    *(*inputs, dimage, lse, delta, scale, size, width, count, heads, tiles, programs),
+            dx = first[0]
+            if dx.name == "bwd dx":
+                former2conv_bwd_dx_kernel[(rows * dx.programs,)](
+                    *(*inputs, dimage, lse, delta, scale, size, width, count, heads, dx.tiles, dx.programs),
                     *(*strides, *strides_of(dimage)),
-                    **_options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD, BK2=setting.BK2),
+                    **_options(dx.setting, kind, head, LAYOUT=layout, RELOAD=dx.setting.RELOAD, BK2=dx.setting.BK2),
                 )
             else:
-                setting = setting_of("bwd dx online" if fast else "bwd dx strided", kind, head, count, arch)
-                tiles = triton.cdiv(size, setting.BN)
-                former2conv_bwd_dx_online_kernel[(rows * tiles,)](
-                    *(*inputs, dimage, lse, delta, scale, size, width, count, heads, tiles),
+                former2conv_bwd_dx_online_kernel[(rows * dx.tiles,)](
+                    *(*inputs, dimage, lse, delta, scale, size, width, count, heads, dx.tiles),
                     *(*strides, *strides_of(dimage)),
-                    **_options(setting, kind, head, LAYOUT=layout, RELOAD=setting.RELOAD),
+                    **_options(dx.setting, kind, head, LAYOUT=layout, RELOAD=dx.setting.RELOAD),
                 )
-            setting = setting_of("bwd dkv" if fast else "bwd dkv strided", kind, head, count, arch)
-            tiles, blocks = triton.cdiv(size, setting.BN), triton.cdiv(count, setting.BK)
-            programs = programs_of(tiles, rows * blocks, WAVES_OF_SUMS * processors * setting.resident)
-            sums = _sums(dkey, dvalue, programs)
+            blocks = triton.cdiv(count, setting.BK)
             former2conv_bwd_dkv_kernel[(rows * blocks * programs,)](
                 *(*inputs, lse, delta, *sums, scale),
                 *(batch, size, width, count, heads, tiles, programs, blocks, *strides),

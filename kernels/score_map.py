@@ -569,8 +569,63 @@ def _on_device(image: Tensor) -> AbstractContextManager:
     return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
 
 
+def _copied(text: Tensor) -> bool:
+    return text.stride(2) != 1 and not text.is_contiguous()
+
+
 def _rows(text: Tensor) -> Tensor:
-    return text if text.stride(2) == 1 else text.contiguous()
+    return text.contiguous() if _copied(text) else text
+
+
+class Shares(NamedTuple):
+    """How the gradient of the text is shared out: tiles of pixels, columns of channels, blocks of tokens, and the
+    programs that each have a part of the tiles."""
+
+    setting: Setting
+    tiles: int
+    columns: int
+    blocks: int
+    programs: int
+
+
+def _text_shares(image: Tensor, tokens: int, g: View, arch: int, processors: int) -> Shares:
+    batch, channels, height, width = image.shape
+
+    def setting(idle: bool) -> Setting:
+        return setting_of("text", _kind(image), tokens, arch, _access(g, view(image)), idle)
+
+    # More than 8 partial sums are not worth the large tiles.
+    s = setting(False)
+    s = setting(8 * batch * triton.cdiv(channels, s.BC) * _blocks(tokens, s) < processors)
+    tiles, columns, blocks = triton.cdiv(height * width, s.BN), triton.cdiv(channels, s.BC), _blocks(tokens, s)
+    return Shares(s, tiles, columns, blocks, max(1, min(tiles, processors // (batch * columns * blocks))))
+
+
+def _direct(programs: int, normalize: bool) -> bool:
+    """Is what a single program adds up the gradient of the text already?"""
+    return programs == 1 and not normalize
+
+
+def launches(
+    image: Tensor,
+    text: Tensor,
+    normalize: bool,
+    concat: bool,
+    grad: Tensor,
+    processor: tuple[int, int] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """What forward and backward launch, in order: kernels by name, and a ``"copy"`` where PyTorch makes one.
+
+    Nothing of the tensors is read: they may be on ``meta``. ``grad`` is that of the result; ``processor`` is what
+    ``_processor`` says, by default of the image's device.
+    """
+    copies = ["copy"] * _copied(text)
+    g = view(grad, text.shape[1], image.shape[1] if concat else 0)
+    programs = _text_shares(image, text.shape[1], g, *(processor or _processor(image.device.index))).programs
+    unit = ["score_map_unit_kernel"] * normalize
+    total = ["score_map_bwd_sum_kernel"] * (not _direct(programs, normalize))
+    bwd = *copies, *unit, "score_map_bwd_image_kernel", "score_map_bwd_text_kernel", *total
+    return {"fwd": (*copies, "score_map_fwd_kernel"), "bwd": bwd}
 
 
 def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, out: Tensor) -> None:
@@ -674,17 +729,8 @@ def _bwd_text(
     batch, channels, height, width = image.shape
     tokens, pixels = text.shape[1], height * width
     x = view(image)
-    arch, processors = _processor(image.device.index)
-
-    def setting(idle: bool) -> Setting:
-        return setting_of("text", _kind(image), tokens, arch, _access(g, x), idle)
-
-    # More than 8 partial sums are not worth the large tiles.
-    s = setting(False)
-    s = setting(8 * batch * triton.cdiv(channels, s.BC) * _blocks(tokens, s) < processors)
-    tiles, columns, blocks = triton.cdiv(pixels, s.BN), triton.cdiv(channels, s.BC), _blocks(tokens, s)
-    programs = max(1, min(tiles, processors // (batch * columns * blocks)))
-    direct = programs == 1 and inverse is None
+    s, tiles, columns, blocks, programs = _text_shares(image, tokens, g, *_processor(image.device.index))
+    direct = _direct(programs, modes["NORMALIZE"])
     sums = dtext if direct else torch.empty(programs, *dtext.shape, dtype=torch.float32, device=dtext.device)
     score_map_bwd_text_kernel[(batch * programs * blocks * columns,)](
         grad,

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from fusekern.kernels import conv2former as kernels
 from layouts import lay_out
+from spy import Launches, short
 from torch import Tensor
 from where import DEVICE, DTYPES
 
@@ -128,6 +129,35 @@ class Spy:
     def __getitem__(self, grid):
         self.launched.append(grid)
         return self.kernel[grid]
+
+
+@pytest.mark.parametrize(
+    "case, dtype, of_text, forward, backward",
+    [
+        (CASES[5], torch.float16, "plain", "fwd", "bwd_dx"),
+        (CASES[5], torch.float32, "plain", "fwd", "bwd_dq bwd_dx"),
+        (CASES[2], torch.float16, "plain", "fwd", "bwd_dq bwd_dx"),
+        (SPLIT[0], torch.float16, "plain", "fwd fwd_join", "bwd_dq bwd_sum bwd_dx"),
+        (SPLIT[1], torch.float32, "plain", "fwd fwd_join", "bwd_dq bwd_sum bwd_dx"),
+        (SPLIT[2], torch.float16, "plain", "fwd fwd_join", "bwd_dq bwd_sum bwd_dx"),
+        (CASES[5], torch.float16, "permuted", "copy fwd", "copy copy bwd_dx"),
+        (SPLIT[0], torch.float16, "permuted", "copy fwd fwd_join", "copy copy bwd_dq bwd_sum bwd_dx"),
+    ],
+    ids=str,
+)
+def test_launches_are_those_planned(case, dtype, of_text, forward, backward, monkeypatch):
+    grad, query, tokens = make(case, dtype)
+    if of_text == "permuted":
+        grad, query = (tensor.mT.contiguous().mT for tensor in (grad, query))
+    plan, heads = kernels.launches(query, tokens, case[2], grad), case[2]
+    out, dquery, dtokens = torch.empty_like(query.contiguous()), torch.empty_like(query), empty_image(tokens)
+    lse = out.new_empty((case[0], heads, case[1]), dtype=torch.float32)
+    with Launches(kernels, monkeypatch) as launches:
+        kernels.conv2former_fwd(query, tokens, heads, 0.2, out, lse)
+        found = {"fwd": launches.taken()}
+        kernels.conv2former_bwd(grad, query, tokens, out, lse, heads, 0.2, dquery, dtokens)
+        found["bwd"] = launches.taken()
+    assert found == plan and short("conv2former", plan) == {"fwd": forward, "bwd": backward}
 
 
 @pytest.mark.parametrize("scale", [0.7, -0.3, 0.0, 2])

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from fusekern.kernels import downsample as kernels
 from layouts import lay_out
+from spy import Launches, short
 from torch import Tensor
 from where import DEVICE, DTYPES
 
 from fusekern.ops._kernel import empty_image
-from fusekern.ops.downsample import downsample_reference, downsampled_size
+from fusekern.ops.downsample import _empty_gradients, downsample_reference, downsampled_size
 from fusekern.testing import assert_parity
 
 # batch, channels, height, width, pad, layout of the image, layout of the weight
@@ -139,6 +140,32 @@ def test_settings_and_splits(layout, load, dtype, monkeypatch):
     assert [launch["WEIGHT"] for launch in sums] == ([] if load == "large" else [False, True])
     judge(*inputs, "floor", last=False)
     assert sums[-1]["WEIGHT"] and not sums[-1]["LAST"]
+
+
+@pytest.mark.parametrize(
+    "case, programs, bias, forward, backward",
+    [
+        (CASES[4], 132, "dense", "fwd sum", "sum bwd_image bwd_weight"),
+        (CASES[4], 1, "none", "fwd", "bwd_image bwd_weight"),
+        ((1, 128, 16, 16, "floor", "nchw", "nchw"), 1, "dense", "copy fwd", "sum copy bwd_image bwd_weight sum"),
+        (CASES[2], 132, "strided", "copy copy fwd sum", "sum copy bwd_image bwd_weight sum"),
+        ((9, 16, 40, 40, "floor", *["channels_last"] * 2), 132, "none", "fwd", "bwd_image bwd_weight sum"),
+        (CASES[8], 1, "dense", "copy fwd", "sum copy bwd_image bwd_weight sum"),
+    ],
+    ids=str,
+)
+def test_launches_are_those_planned(case, programs, bias, forward, backward, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    grad, image, weight, values = make(case, torch.float16)
+    values = {"none": None, "dense": values, "strided": values.repeat(2)[::2]}[bias]
+    plan = kernels.launches(image, weight, values, grad)
+    out, (dimage, dweight, dbias) = empty_image(image, size=grad.shape[2:]), _empty_gradients(image, weight, True)
+    with Launches(kernels, monkeypatch) as launches:
+        kernels.downsample_fwd(image, weight, values, out)
+        found = {"fwd": launches.taken()}
+        kernels.downsample_bwd(grad, image, weight, dimage, dweight, None if values is None else dbias)
+        found["bwd"] = launches.taken()
+    assert found == plan and short("downsample", plan) == {"fwd": forward, "bwd": backward}
 
 
 @pytest.mark.parametrize("bias", ["none", "expanded", "strided"])

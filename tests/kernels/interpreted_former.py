@@ -264,8 +264,8 @@ def test_launches_are_those_planned(case, forward, monkeypatch):
     grad, tensors = make(case, torch.float16)
     plan = kernels.launches(tensors[0].shape[2], tensors[7].shape[0], torch.float16)
     run(grad, tensors, case[2])
-    assert launched == [*plan[0], *plan[1]]
-    assert (len(plan[0]), len(plan[1])) == (forward, 9)
+    assert launched == [*plan["fwd"], *plan["bwd"]]
+    assert (len(plan["fwd"]), len(plan["bwd"])) == (forward, 9)
 
 
 def test_large_tiles(monkeypatch):

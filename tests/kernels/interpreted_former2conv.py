@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from fusekern.kernels import former2conv as kernels
 from fusekern.kernels.former2conv import former2conv_bwd, former2conv_fwd, layout_of
+from spy import Launches, short
 from where import DEVICE, DTYPES
 
+from fusekern.ops._kernel import empty_image, empty_tokens
 from fusekern.ops.former2conv import former2conv_reference
 from fusekern.testing import assert_parity
 
@@ -219,6 +221,39 @@ def test_offsets_beyond_32_bits():
     for strides in ((2**31, 32, 8, 1), (512, 2**31 // 15 + 16, 8, 1)):
         far = torch.empty(2**31 + 2**12, dtype=torch.float16, device=DEVICE).as_strided(image.shape, strides, 0)
         check(far.copy_(image), key, value, grad, 1, 0.25)
+
+
+@pytest.mark.parametrize(
+    "tokens, layout, processors, forward, backward",
+    [
+        (19, "channels_last", 132, "fwd", "bwd bwd_sum"),
+        (19, "contiguous", 1, "fwd", "bwd bwd_sum"),
+        (19, "channels_last", 0, "fwd", "bwd"),
+        (150, "channels_last", 132, "fwd", "bwd_dx bwd_dkv bwd_sum"),
+        (150, "contiguous", 0, "fwd", "bwd_dx bwd_dkv"),
+        (200, "channels_last", 132, "fwd_online", "bwd_dx_online bwd_dkv bwd_sum"),
+        (200, "channels_last", 0, "fwd_online", "bwd_dx_online bwd_dkv"),
+        (19, "sliced", 132, "copy copy fwd_online", "copy copy bwd_dx_online bwd_dkv bwd_sum"),
+        (19, "permuted", 0, "copy copy fwd_online", "copy copy bwd_dx_online bwd_dkv"),
+    ],
+)
+def test_launches_are_those_planned(tokens, layout, processors, forward, backward, monkeypatch):
+    device = 90, processors  # with none of them a row has one program
+    monkeypatch.setattr(kernels, "_device", lambda _: device)
+    image, key, value, grad = (in_layout(t, layout) for t in make(2, 1, 64, 9, 16, tokens, torch.float16))
+    plan = kernels.launches(image, key, value, 1, grad)
+    out, dimage, dkey, dvalue = empty_image(image), empty_image(image), empty_tokens(key), empty_tokens(value)
+    with Launches(kernels, monkeypatch) as launches:
+        former2conv_fwd(image, key, value, 1, 0.2, out)
+        found = {"fwd": launches.taken()}
+        former2conv_bwd(grad, image, key, value, 1, 0.2, dimage, dkey, dvalue)
+        found["bwd"] = launches.taken()
+    assert found == plan and short("former2conv", plan) == {"fwd": forward, "bwd": backward}
+    # The device can be given: then the tensors may be anywhere, if they are aligned.
+    if layout in ("channels_last", "contiguous"):
+        monkeypatch.setattr(kernels, "_device", lambda _: (80, 7))
+        image, key, value, grad = (tensor.to("meta") for tensor in (image, key, value, grad))
+        assert kernels.launches(image, key, value, 1, grad, device) == plan
 
 
 def test_the_layout_that_is_chosen():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fusekern.kernels import score_map as kernels
 from fusekern.kernels.score_map import SETTINGS, compile_cases, score_map_bwd, score_map_fwd, setting_of, view
+from spy import Launches, short
 from where import DEVICE, DTYPES
 
 from fusekern.ops._kernel import empty_image, empty_tokens
@@ -104,6 +105,37 @@ def test_every_size_of_tile(tokens, normalize, last, arch, processors, dtype, pr
     processor(arch, processors)
     image, text, grad = make(sizes(72, tokens, height=9, breadth=15, last=last), dtype, True)
     assert_right(launched(image, text, grad, normalize, True), image, text, grad, normalize, True)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize(
+    "tokens, processors, normalize, of_text, forward, backward",
+    [
+        (33, 132, True, "plain", "fwd", "unit bwd_image bwd_text bwd_sum"),
+        (33, 132, False, "plain", "fwd", "bwd_image bwd_text bwd_sum"),
+        (33, 1, False, "plain", "fwd", "bwd_image bwd_text"),
+        (33, 1, True, "plain", "fwd", "unit bwd_image bwd_text bwd_sum"),
+        (161, 1, False, "permuted", "copy fwd", "copy bwd_image bwd_text"),
+    ],
+)
+def test_launches_are_those_planned(
+    tokens, processors, normalize, of_text, forward, backward, last, processor, monkeypatch
+):
+    processor(90, processors)
+    image, text, grad = make(sizes(72, tokens, height=9, breadth=15, last=last), torch.float16, True)
+    text = text if of_text == "plain" else text.mT.contiguous().mT
+    plan = kernels.launches(image, text, normalize, True, grad)
+    out, dimage, dtext = empty_image(image, 72 + tokens), empty_image(image), empty_tokens(text)
+    with Launches(kernels, monkeypatch) as launches:
+        score_map_fwd(image, text, normalize, True, out)
+        found = {"fwd": launches.taken()}
+        score_map_bwd(grad, image, text, normalize, True, dimage, dtext)
+        found["bwd"] = launches.taken()
+    assert found == plan and short("score_map", plan) == {"fwd": forward, "bwd": backward}
+    # The processor can be given: then the tensors may be anywhere.
+    elsewhere = (tensor.to("meta") for tensor in (image, text))
+    processor(80, 7)
+    assert kernels.launches(*elsewhere, normalize, True, grad.to("meta"), (90, processors)) == plan
 
 
 @every_dtype
