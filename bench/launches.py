@@ -21,14 +21,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from fusekern.kernels import conv2former, downsample, former, former2conv, score_map
+from fusekern.kernels import conv2former, downsample, former, former2conv, score_map, text_path
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import layer, numerics, peers, report
 from bench.case import Case, Shape, lay_out, make, shapes
+from bench.text_path import TextPath, in_order
 from fusekern.nn.convformer import ConvFormerBlock
+from fusekern.ops.text_path import text_path_reference
 
 Plan = dict[str, tuple[str, ...]]
 Processor = tuple[int, int]  # architecture and number of multiprocessors
@@ -89,10 +91,24 @@ def _score_map(shape: Shape, inputs: Sequence[Tensor], grad: Tensor, processor: 
     return score_map.launches(*inputs, True, True, grad, processor)
 
 
+def _text_path(shape: Shape, inputs: Sequence[Tensor], grad: Tensor, processor: Processor | None) -> Plan:
+    return text_path.launches()
+
+
+class FourResults(TextPath):
+    """As the layer has them: not side by side."""
+
+    fused = TextPath.path
+
+    def reference(self, shape, tokens, gathered, *parts):
+        return text_path_reference(tokens, gathered, *in_order(parts), heads=shape.heads)
+
+
 ENTRIES = (
     Entry(CASES["downsample"], _downsample),
     Entry(CASES["conv2former"], _conv2former),
     Entry(CASES["former"], _former),
+    Entry(FourResults(), _text_path),
     Entry(CASES["former2conv"], _former2conv),
     Entry(CASES["score_map"], _score_map),
 )
@@ -107,9 +123,11 @@ def row_of(entry: Entry, shape: Shape, layout: str, device: str) -> dict:
     else:
         tensors, processor = make(case, place, DTYPE, device).values(), None
     inputs = [lay_out(tensor, layout) for tensor in tensors]
-    size = case.reference(place, *(tensor.to("meta") for tensor in inputs)).shape
-    grad = lay_out(torch.ones(size, dtype=DTYPE, device=inputs[0].device), layout)
-    plan = entry.plan(place, inputs, grad, processor)
+    results = case.reference(place, *(tensor.to("meta") for tensor in inputs))
+    results = [results] if isinstance(results, Tensor) else results
+    device_of = inputs[0].device
+    grads = [lay_out(torch.ones(result.shape, dtype=DTYPE, device=device_of), layout) for result in results]
+    plan = entry.plan(place, inputs, grads[0], processor)
     row = {
         "op": case.op,
         "shape": str(shape),
@@ -122,7 +140,7 @@ def row_of(entry: Entry, shape: Shape, layout: str, device: str) -> dict:
     if device != "none":
         backend = case.kernels[device]
         inference = partial((entry.inference or case).fused, place, backend)
-        found = passes(partial(case.fused, place, backend), inference, inputs, [grad])
+        found = passes(partial(case.fused, place, backend), inference, inputs, grads)
         found = {which: found[which] for which in plan}
         row |= {"state": "measured", "found": {which: list(map(name_of, of)) for which, of in found.items()}}
         row["wrong"] = [fault for which in plan for fault in differences(which, plan[which], found[which])]
@@ -135,7 +153,7 @@ def passes(call, inference, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -
 
     def forward() -> list[Tensor]:
         out = call(*leaves)
-        return [out] if isinstance(out, Tensor) else list(out)
+        return [out] if isinstance(out, Tensor) else [result for result in out if result is not None]
 
     def infer() -> None:
         with torch.no_grad():
@@ -143,7 +161,8 @@ def passes(call, inference, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -
 
     found = {"fwd": activities(forward)}
     out = forward()
-    found["bwd"] = activities(lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True))
+    gradients = partial(torch.autograd.grad, out, leaves, grads[: len(out)], retain_graph=True, allow_unused=True)
+    found["bwd"] = activities(gradients)
     return {**found, "infer": activities(infer)}
 
 
@@ -177,9 +196,9 @@ def differences(which: str, planned: Sequence[str], found: Sequence[str]) -> lis
 
 
 def block_of(shape: Shape, contender: str, device: str) -> dict:
-    """Everything that the device does for one block of the layer."""
+    """Everything that the device does for one block of the layer, within the stack."""
     run, inputs = block_and_inputs(shape, contender, device)
-    grads = [torch.ones_like(tensor) for tensor in inputs[:2]]
+    grads = [torch.ones_like(tensor) for tensor in inputs[:3]]
     found = passes(partial(run, True), partial(run, False), inputs, grads)
     return {
         "shape": str(shape),
@@ -189,8 +208,9 @@ def block_of(shape: Shape, contender: str, device: str) -> dict:
     }
 
 
-def block_and_inputs(shape: Shape, contender: str, device: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], list]:
-    """A function of "in training?", image, text and parameters, and these three, in channels_last."""
+def block_and_inputs(shape: Shape, contender: str, device: str) -> tuple[Callable[..., tuple], list[Tensor]]:
+    """A function of "in training?", image, text, its query and parameters, and these four, in channels_last. Only the
+    kernels take the query of the block before, and make that of the next, for which the same weights stand."""
     torch.manual_seed(0)
     heads = {"bridge_heads": shape.heads, "text_heads": shape.heads}
     block = ConvFormerBlock(shape.channels, backend="reference" if contender == "eager" else contender, **heads)
@@ -198,16 +218,17 @@ def block_and_inputs(shape: Shape, contender: str, device: str) -> tuple[Callabl
     names, buffers = [name for name, _ in block.named_parameters()], dict(block.named_buffers())
     image = torch.randn(shape.batch, shape.channels, shape.size, shape.size, device=device, dtype=DTYPE)
     text = torch.randn(shape.batch, shape.tokens, shape.channels, device=device, dtype=DTYPE)
+    query = block.image_to_text.query(text).detach()
     bound = layer.Bound(block)
 
-    def run(training: bool, image: Tensor, text: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def run(training: bool, image: Tensor, text: Tensor, query: Tensor, *parameters: Tensor) -> tuple:
         if contender == "eager":
             named = dict(zip(names, parameters, strict=True)) | buffers
             return layer.eager_block(named, "", image, text, shape.heads, peers.attend, training)
         block.train(training)
-        return bound(parameters, image, text)
+        return bound(parameters, image, text, query, block)
 
-    return run, [lay_out(image, "channels_last"), text, *block.parameters()]
+    return run, [lay_out(image, "channels_last"), text, query, *block.parameters()]
 
 
 def block_lines(rows: Sequence[dict]) -> list[str]:

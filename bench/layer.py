@@ -153,10 +153,10 @@ class Bound:
         places = [name.rpartition(".") for name, _ in layer.named_parameters()]
         self.places = [(modules[owner]._parameters, key) for owner, _, key in places]
 
-    def __call__(self, parameters: tuple[Tensor, ...], image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, parameters: tuple[Tensor, ...], *arguments: object) -> tuple[Tensor, ...]:
         for (owner, key), parameter in zip(self.places, parameters, strict=True):
             owner[key] = parameter
-        return self.layer(image, text)
+        return self.layer(*arguments)
 
 
 class Exported(nn.Module):

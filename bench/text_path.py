@@ -29,16 +29,19 @@ class TextPath(Former):
         return {**dict([tokens]), "gathered": tokens[1], **before, **dict(former), **after}
 
     def arguments(self, shape, tokens, gathered, *parts):
-        return tokens, gathered, *_in_order(parts), shape.heads, 1e-5
+        return tokens, gathered, *in_order(parts), shape.heads, 1e-5
 
-    def fused(self, shape, backend, tokens, gathered, *parts):
-        return torch.cat(text_path(tokens, gathered, *_in_order(parts), heads=shape.heads, backend=backend), 2)
+    def path(self, shape, backend, tokens, gathered, *parts):
+        return text_path(tokens, gathered, *in_order(parts), heads=shape.heads, backend=backend)
+
+    def fused(self, shape, backend, *tensors):
+        return torch.cat(self.path(shape, backend, *tensors), 2)
 
     def reference(self, shape, tokens, gathered, *parts):
-        return torch.cat(text_path_reference(tokens, gathered, *_in_order(parts), heads=shape.heads), 2)
+        return torch.cat(text_path_reference(tokens, gathered, *in_order(parts), heads=shape.heads), 2)
 
     def compose(self, shape, attend, tokens: Tensor, gathered: Tensor, *parts: Tensor) -> Tensor:
-        entry, norm0, former, *exits = _in_order(parts)
+        entry, norm0, former, *exits = in_order(parts)
         tokens = F.layer_norm(tokens + F.linear(gathered, *entry), norm0[0].shape, *norm0)
         tokens = former_composed(shape, attend, tokens, *former)
         return torch.cat((tokens, *(F.linear(tokens, *exit) for exit in exits)), 2)
@@ -65,7 +68,7 @@ def _square(channels: int) -> dict[str, tuple[int, ...]]:
     return {"weight": (channels, channels), "bias": (channels,)}
 
 
-def _in_order(parts: tuple[Tensor, ...]) -> tuple:
+def in_order(parts: tuple[Tensor, ...]) -> tuple:
     """As the op takes them: former's six pairs are one argument."""
     entry, norm0, *former, key, value, query = pairs_of(parts)
     return entry, norm0, tuple(former), key, value, query

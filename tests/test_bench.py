@@ -527,7 +527,7 @@ def test_the_block_whose_launches_are_counted(monkeypatch):
     for contender in ("auto", "reference", "eager"):
         run, inputs = launches().block_and_inputs(shape, contender, "cpu")
         with torch.no_grad():
-            results[contender] = [run(False, *inputs), run(True, *inputs)]
+            results[contender] = [run(False, *inputs)[:2], run(True, *inputs)[:2]]
     for contender in ("auto", "eager"):
         torch.testing.assert_close(results[contender], results["reference"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(results["auto"][0][0], results["auto"][1][0])  # other statistics
