@@ -33,7 +33,10 @@ from fusekern import ops
 
 OPS = ("layer", "former2conv", "conv2former", "score_map", "downsample", "inverted_bottleneck", "former", "text_path")
 # Tests of training, data and command line, and what must be installed for them.
-SEG_TESTS = ("data", "engine", "models", "test_cli.py", "test_recipes.py", "test_viz.py")
+SEG_TESTS = (
+    *("data", "engine", "models", "nn/test_backends_agree.py"),
+    *("test_cli.py", "test_learning.py", "test_recipes.py", "test_viz.py"),
+)
 SEG_MODULES = (
     *("timm", "open_clip", "torchvision", "accelerate", "jsonargparse", "safetensors", "yaml", "PIL", "tqdm"),
     *("tensorboard", "matplotlib", "torchmetrics", "psutil"),

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import numerics, report
+from bench import learning, numerics, report
 
 RESULTS = report.ROOT / "bench" / "results"
 PAGES = tuple(report.ROOT / name for name in ("README.md", "docs/performance.md", "docs/numerics.md"))
@@ -157,10 +157,8 @@ def figures(name: str) -> str:
     result = load(name)
     if result["op"] == "launches":
         return "\n".join([*launches(result), ""])
-    if result["op"] in ("numerics", "model"):
-        lines = {"numerics": numerics.table, "model": report.model_lines}[result["op"]](result["rows"])
-    else:
-        lines = speeds(result)
+    tables = {"numerics": numerics.table, "model": report.model_lines, "learning": learning.table}
+    lines = tables[result["op"]](result["rows"]) if result["op"] in tables else speeds(result)
     return "\n".join([origin(result), "", *lines, ""])
 
 

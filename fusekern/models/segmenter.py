@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from fusekern.config import IGNORE, DataConfig, ModelConfig
 from fusekern.errors import FusekernError
@@ -30,6 +31,10 @@ class SegmenterOutput(NamedTuple):
     logits: Tensor
     score: Tensor | None
     text: Tensor | None
+
+
+# torch.export.save refuses a named tuple without a name to write; torch.export.load then wants fusekern imported.
+_pytree._register_namedtuple(SegmenterOutput, serialized_type_name="fusekern.models.SegmenterOutput")
 
 
 class Segmenter(nn.Module):

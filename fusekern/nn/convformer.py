@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from fusekern import ops
 from fusekern.backends import check_name, is_reference
@@ -37,6 +38,10 @@ class ConvFormerOutput(NamedTuple):
     image: Tensor
     text: Tensor
     score: Tensor
+
+
+# torch.export.save refuses a named tuple without a name to write; torch.export.load then wants fusekern imported.
+_pytree._register_namedtuple(ConvFormerOutput, serialized_type_name="fusekern.nn.ConvFormerOutput")
 
 
 class ConvFormer(nn.Module):

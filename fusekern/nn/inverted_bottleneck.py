@@ -98,7 +98,8 @@ def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) 
         backend=backend,
     )
     for norm, seen in zip(parts.norms, statistics, strict=True):
-        _track(norm, seen)
+        if norm.training and norm.track_running_stats:  # here: an exported no_grad with nothing in it cannot be loaded
+            _track(norm, seen)
     return image
 
 
@@ -149,8 +150,6 @@ def _as_argument(norm: nn.BatchNorm2d) -> ops.BatchNorm:
 @torch.no_grad()
 def _track(norm: nn.BatchNorm2d, seen: ops.BatchStatistics | None) -> None:
     """What ``nn.BatchNorm2d.forward`` does to its buffers in training, without its wait for the device."""
-    if not (norm.training and norm.track_running_stats):
-        return
     norm.num_batches_tracked.add_(1)
     if seen is None:
         return

@@ -255,9 +255,10 @@ def test_compile_in_one_graph(kind, training):
 
 
 @pytest.mark.parametrize("kind", ["none", "convformer"])
-def test_export(kind):
+def test_export(kind, tmp_path):
     model = build(kind).eval()
     image = picture(64, 96, batch=1)
-    exported = torch.export.export(model, (image,)).module()
+    torch.export.save(torch.export.export(model, (image,)), tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(exported(image).logits, model(image).logits)
