@@ -107,7 +107,8 @@ def test_training_adds_nothing_to_a_state_dict(kernels, device):
             model(pictures(1, 0, device)[0])
         assert described(model.state_dict()) == before
         assert bool(ran.seen) == (backend != "reference")
-    assert kernels == "auto" or {name.removesuffix("_backward") for name in ran.seen} == set(OPS)
+    ops = {name.removesuffix("_backward") for name in ran.seen}
+    assert kernels == "auto" or ops == set(OPS) - {"former"}  # that is in text_path
 
 
 @pytest.mark.parametrize("trained_by", ["kernels", "reference"])

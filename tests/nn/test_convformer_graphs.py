@@ -93,7 +93,7 @@ def test_exported_equals_eager(backend):
     program = torch.export.export(layer, inputs(), dynamic_shapes=sizes)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     held = {op for op in OPS if any(name.startswith(f"fusekern.{op}.") for name in names)}
-    assert held == (set(OPS) if backend == "cpp" else set())
+    assert held == (set(OPS) - {"former"} if backend == "cpp" else set())  # that is in text_path
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
