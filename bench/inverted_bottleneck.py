@@ -1,4 +1,6 @@
-"""Expand, filter each channel, project, in training and in inference. ``python -m bench.inverted_bottleneck --help``
+"""Expand, filter each channel, project, in training and in inference; and the filter alone.
+
+    python -m bench.inverted_bottleneck --help
 
 The last number of a shape is the expansion, E / C. ReLU6 is kept away from its kinks, so that parity can be judged by
 the common rule: that costs no contender more or less time.
@@ -7,6 +9,7 @@ the common rule: that costs no contender more or less time.
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from bench import peers
 from bench.case import Case, shapes
 from bench.common import main
 from fusekern.ops import BatchNorm, inverted_bottleneck
+from fusekern.ops._kernel import empty_image, launch
 from fusekern.ops.inverted_bottleneck import inverted_bottleneck_reference
 
 EPS = 1e-5
@@ -130,12 +134,98 @@ class Inference(Training):
         return graph.add("Add", value, "image")
 
 
+@cache
+def _plain(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``affine`` of a norm that changes nothing, and ``coef``."""
+    one = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)[:, None].repeat(1, channels)
+    return one[:2].clone(), one
+
+
+class _Stage(torch.autograd.Function):
+    """The op's depthwise stages, with the statistics and the sums that they give the norms around them."""
+
+    @staticmethod
+    def forward(ctx, image: Tensor, weight: Tensor, backend: str) -> Tensor:
+        affine, _ = _plain(image.shape[1], image.device)
+        out, filters = empty_image(image), weight.flatten(0, 1)
+        launch(
+            backend, "inverted_bottleneck", "depthwise_fwd", image, affine, filters, 1, out, torch.empty_like(affine)
+        )
+        ctx.save_for_backward(image, filters, out)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        image, filters, out = ctx.saved_tensors
+        affine, coef = _plain(image.shape[1], image.device)
+        dimage, dfilters, sums = torch.empty_like(image), torch.empty_like(filters), torch.empty_like(affine)
+        maps = grad, out, coef, image, affine, coef[1], filters, 1, dimage, dfilters, sums
+        launch(ctx.backend, "inverted_bottleneck", "depthwise_bwd", *maps)
+        return dimage, dfilters[:, None], None
+
+
+class Depthwise(Training):
+    """ReLU6 of a norm and the filter of each channel, without the products around them.
+
+    The input lies between 0 and 6 and the norm changes nothing, so that the convolution alone, of an input that is
+    activated already, computes the same: it is among the contenders.
+    """
+
+    name = "inverted_bottleneck depthwise"
+    others = {"eager-convolution": "alone"}
+
+    def sizes(self, shape):
+        e = shape.channels * shape.tokens
+        return {"image": (shape.batch, e, shape.size, shape.size), "depthwise_weight": (e, 1, 3, 3)}
+
+    def scaled(self, name, tensor):
+        return 3 + 0.4 * tensor if name == "image" else super().scaled(name, tensor)
+
+    def arguments(self, shape, image, depthwise):
+        expand = depthwise.new_empty(1, 1, 1, 1).expand(image.shape[1], image.shape[1], 1, 1)
+        return image, expand, depthwise, expand, (), 1, ""
+
+    def fused(self, shape, backend, image, depthwise):
+        return (
+            self.reference(shape, image, depthwise)
+            if backend == "reference"
+            else _Stage.apply(image, depthwise, backend)
+        )
+
+    def reference(self, shape, image, depthwise):
+        return self.alone(shape, F.relu6(image), depthwise)
+
+    def eager(self, shape, image, depthwise):
+        mean = image.new_zeros(image.shape[1])
+        hidden = F.relu6(F.batch_norm(image, mean, mean + 1, training=False, eps=0.0), inplace=True)
+        return self.alone(shape, hidden, depthwise)
+
+    def alone(self, shape, image, depthwise):
+        return F.conv2d(image, depthwise, padding=1, groups=image.shape[1])
+
+    def graph(self, shape, graph, tensors, channels_last):
+        bounds = [graph.constant(torch.tensor(bound)) for bound in (0.0, 6.0)]
+        weight = tensors["depthwise_weight"]
+        attributes = {"group": len(weight), "pads": [1, 1, 1, 1]}
+        return graph.add("Conv", graph.add("Clip", "image", *bounds), graph.constant(weight.contiguous()), **attributes)
+
+    def flops(self, shape):
+        forward = 2 * 9 * shape.batch * shape.size**2 * shape.channels * shape.tokens
+        return forward, 2 * forward
+
+    def elements(self, shape):
+        e = shape.channels * shape.tokens
+        image = shape.batch * shape.size**2 * e
+        return 2 * image + 9 * e, 3 * image + 18 * e
+
+
 def pointwise(image: Tensor, weight: Tensor) -> Tensor:
     """A 1x1 convolution as a product over channels that lie side by side."""
     return F.linear(image.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
-CASES = (Training(), Inference())
+CASES = (Training(), Inference(), Depthwise())
 
 if __name__ == "__main__":
     sys.exit(main(CASES))

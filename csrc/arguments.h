@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 
 #include "tensors.h"
 
@@ -21,6 +22,14 @@ inline void check(const char* name, const Tensor& t, std::initializer_list<int64
   STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), t.sizes().begin()),
                   name, " has a shape that does not fit those of the other tensors");
   STD_TORCH_CHECK(t.numel() > 0, name, " is empty");
+}
+
+// [rows, channels] or [channels], contiguous and in fp32; null if there is none.
+inline float* vectors_of(const char* name, const std::optional<Tensor>& t, std::initializer_list<int64_t> shape) {
+  if (!t) return nullptr;
+  check(name, *t, shape, ScalarType::Float);
+  STD_TORCH_CHECK(t->is_contiguous(), name, " must be contiguous");
+  return static_cast<float*>(t->data_ptr());
 }
 
 inline bool is_bf16(const Tensor& t) {

@@ -265,6 +265,14 @@ __device__ __forceinline__ void read_weight(const T* tile, float (&to)[Tile::K][
 
 constexpr int WIDE = 32;  // channels of a block that adds, and threads that share one
 
+__device__ __forceinline__ float value_of(const Parameter& parameter, int channel, float otherwise) {
+  const void* const data = parameter.data;
+  if (!data) return otherwise;
+  if (parameter.type == Type::bfloat16) return static_cast<float>(static_cast<const __nv_bfloat16*>(data)[channel]);
+  if (parameter.type == Type::float16) return static_cast<float>(static_cast<const __half*>(data)[channel]);
+  return static_cast<const float*>(data)[channel];
+}
+
 // ---- launches ----------------------------------------------------------------------------------------------------
 
 // f.operator()<T, Tile>() for what the problem asks: elements of three types, windows of 3 and 5, strides of 1 and 2,

@@ -2,11 +2,11 @@
 // Plain C++ apart from its marks for the device, so that the host's tests cover it.
 #pragma once
 
+#include "batch_norm.h"
+
 #if defined(__CUDACC__)
-#define FUSEKERN_BOTH __host__ __device__ __forceinline__
 #define FUSEKERN_UNROLL _Pragma("unroll")
 #else
-#define FUSEKERN_BOTH inline
 #define FUSEKERN_UNROLL
 #endif
 

@@ -1,5 +1,5 @@
-// inverted_bottleneck in stages, between which Python turns statistics into scale and shift. Matrix products go tile by
-// tile, so that what is read and written beside them is still in the cache; those in bf16 are torch's.
+// inverted_bottleneck in stages, which turn their statistics into what the norm behind them applies. Matrix products go
+// tile by tile, so that what is read and written beside them is still in the cache; those in bf16 are torch's.
 //
 // A tile holds some pixels and some of the E channels. Sums over E or over pixels go through one tile after the other
 // in a fixed order, whoever computes them; in bf16, which would be rounded each time, one product takes them all.
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "batch_norm.h"
 #include "matrix_product.h"
 
 namespace fusekern {
@@ -270,15 +271,75 @@ void check_map(const char* name, const Tensor& t, const Tensor& like, int64_t ch
   check(name, t, {like.size(0), channels, like.size(2), like.size(3)}, like.scalar_type());
 }
 
+// ---- batch norms ---------------------------------------------------------------------------------------------------
+
+using Vector = std::optional<Tensor>;
+
+// Mean and M2 of what a stage writes, [2][C], if they are wanted: in stats, or to make the next norm's vectors of.
+struct Statistics {
+  Statistics(const Vector& stats, const Vector& vectors, const Vector& weight, const Vector& bias, double eps,
+             int64_t C)
+      : C(C), eps(static_cast<float>(eps)), data(vectors_of("stats", stats, {2, C})),
+        vectors(vectors_of("vectors", vectors, {5, C})), weight(vectors_of("weight", weight, {C})),
+        bias(vectors_of("bias", bias, {C})) {
+    if (data != nullptr || this->vectors == nullptr) return;
+    own.emplace(2 * C);
+    data = own->data;
+  }
+  // When all of them are there.
+  void finish(int64_t count) const {
+    if (vectors == nullptr) return;
+    const float biased = inverse_of(static_cast<float>(count)), unbiased = inverse_of(static_cast<float>(count - 1));
+    for (int64_t c = 0; c < C; ++c)
+      norm_forward(data[c], data[C + c] * biased, data[C + c] * unbiased, weight ? weight[c] : 1.f,
+                   bias ? bias[c] : 0.f, eps, vectors + c, C);
+  }
+
+  int64_t C;
+  float eps;
+  float *data, *vectors;
+  const float *weight, *bias;
+  std::optional<Scratch> own;
+};
+
+// The sums of a gradient, [2][C], and what the norm that it has come to makes of them, if that is wanted.
+struct Sums {
+  Sums(const Vector& sums, const Vector& coef, const Vector& dweight, const Vector& vectors, const Vector& weight,
+       double eps, bool batch, int64_t C)
+      : C(C), eps(static_cast<float>(eps)), batch(batch), data(vectors_of("sums", sums, {2, C})),
+        coef(vectors_of("coef", coef, {4, C})), dweight(vectors_of("dweight", dweight, {C})),
+        vectors(vectors_of("vectors", vectors, {5, C})), weight(vectors_of("weight", weight, {C})) {
+    STD_TORCH_CHECK(coef.has_value() == dweight.has_value(), "coef and dweight belong together");
+    STD_TORCH_CHECK(!coef || (sums && vectors), "coef needs sums and vectors");
+  }
+  void finish(int64_t count) const {
+    if (coef == nullptr) return;
+    const float share = inverse_of(static_cast<float>(count));
+    for (int64_t c = 0; c < C; ++c)
+      norm_backward(vectors + c, data[C + c], data[c] * share, data[C + c] * share, weight ? weight[c] : 1.f, eps,
+                    batch, coef + c, dweight + c, C);
+  }
+
+  int64_t C;
+  float eps;
+  bool batch;
+  float *data, *coef, *dweight;
+  const float *vectors, *weight;
+};
+
+int64_t count_of(const Tensor& t) { return t.size(0) * t.size(2) * t.size(3); }  // pixels
+
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 void expand_fwd(const Tensor& x,   // [B, C, H, W]
                 const Tensor& w1,  // [E, C]
                 Tensor y1,         // [B, E, H, W]
-                std::optional<Tensor> stats1) {
+                Vector stats1,     // [2, E]
+                Vector vectors1,   // [5, E]
+                const Vector& weight1, const Vector& bias1, double eps1) {
   const int64_t C = x.size(1), E = w1.size(0);
   check_map("x", x, y1, C), check_map("y1", y1, x, E), check_weight("w1", w1, {E, C}, x.scalar_type());
-  if (stats1) check_vectors("stats1", *stats1, 2, E);
+  const Statistics stats(stats1, vectors1, weight1, bias1, eps1, E);
   const Layout layout = layout_of(y1, lie_in_rows({&y1}));
   const Image image(x, layout, false);
   const Dense to = dense(y1, layout);
@@ -291,13 +352,14 @@ void expand_fwd(const Tensor& x,   // [B, C, H, W]
     clear(moments.data, 3 * channels);
     for (const Chunk& chunk : chunks) {
       multiply(image.matrix(chunk), weight, to.matrix(chunk, c0, channels), false);
-      if (stats1) add_moments(to, chunk, c0, channels, moments.data, chunk.before);
+      if (stats.data) add_moments(to, chunk, c0, channels, moments.data, chunk.before);
     }
-    for (int64_t c = 0; stats1 && c < channels; ++c) {
-      data_of(*stats1)[c0 + c] = moments.data[2 * channels + c] + moments.data[c];
-      data_of(*stats1)[E + c0 + c] = moments.data[channels + c];
+    for (int64_t c = 0; stats.data && c < channels; ++c) {
+      stats.data[c0 + c] = moments.data[2 * channels + c] + moments.data[c];
+      stats.data[E + c0 + c] = moments.data[channels + c];
     }
   });
+  stats.finish(layout.N());
 }
 
 BottleneckDepthwise depthwise(const Tensor& y1, const Tensor& y2, const Tensor& wd, int64_t stride, bool rows) {
@@ -335,14 +397,17 @@ void depthwise_fwd(const Tensor& y1,       // [B, E, H, W]
                    const Tensor& affine1,  // [2, E]
                    const Tensor& wd,       // [E, k, k]
                    int64_t stride,
-                   Tensor y2,  // [B, E, h, w]
-                   std::optional<Tensor> stats2) {
+                   Tensor y2,        // [B, E, h, w]
+                   Vector stats2,    // [2, E]
+                   Vector vectors2,  // [5, E]
+                   const Vector& weight2, const Vector& bias2, double eps2) {
   BottleneckDepthwise op = depthwise(y1, y2, wd, stride, lie_in_rows({&y1, &y2}));
   check_vectors("affine1", affine1, 2, op.channels);
-  if (stats2) check_vectors("stats2", *stats2, 2, op.channels);
+  const Statistics stats(stats2, vectors2, weight2, bias2, eps2, op.channels);
   op.affine1 = data_of(affine1);
-  op.stats2 = stats2 ? data_of(*stats2) : nullptr;
+  op.stats2 = stats.data;
   run(op, FUSEKERN_PICK(bottleneck_depthwise_fwd));
+  stats.finish(count_of(y2));
 }
 
 // Joins the moments of chunks [chunks][3][C] into stats.
@@ -365,11 +430,13 @@ void project_fwd(const Tensor& y2,       // [B, E, h, w]
                  const Tensor& affine2,  // [2, E]
                  const Tensor& w3,       // [O, E]
                  Tensor y3,              // [B, O, h, w]
-                 std::optional<Tensor> stats3) {
+                 Vector stats3,          // [2, O]
+                 Vector vectors3,        // [5, O]
+                 const Vector& weight3, const Vector& bias3, double eps3) {
   const int64_t E = y2.size(1), O = w3.size(0);
   check_map("y2", y2, y3, E), check_map("y3", y3, y2, O), check_weight("w3", w3, {O, E}, y2.scalar_type());
   check_vectors("affine2", affine2, 2, E);
-  if (stats3) check_vectors("stats3", *stats3, 2, O);
+  const Statistics stats(stats3, vectors3, weight3, bias3, eps3, O);
   const Layout layout = layout_of(y2, lie_in_rows({&y2, &y3}));
   const Dense from = dense(y2, layout), to = dense(y3, layout);
   const auto chunks = chunks_of(layout, layout.bf16 ? TILE_PIXELS / 2 : TILE_PIXELS);
@@ -388,9 +455,10 @@ void project_fwd(const Tensor& y2,       // [B, E, h, w]
       multiply(tile.matrix(all_of(chunk.count), 0, channels), block(w3, 0, O, c0, channels, true),
                to.matrix(chunk, 0, O), i > 0);
     }
-    if (stats3) add_moments(to, chunk, 0, O, partial.data + 3 * O * item, 0);
+    if (stats.data) add_moments(to, chunk, 0, O, partial.data + 3 * O * item, 0);
   });
-  if (stats3) join(chunks, partial.data, O, data_of(*stats3));
+  if (stats.data) join(chunks, partial.data, O, stats.data);
+  stats.finish(layout.N());
 }
 
 // out = affine y (+ x), of some channels
@@ -524,10 +592,13 @@ void infer(const Tensor& x,        // [B, C, H, W]
 void output_bwd(const Tensor& g,      // [B, O, h, w]
                 const Tensor& y3,     // [B, O, h, w]
                 const Tensor& mean3,  // [O]
-                Tensor sums3) {       // [2, O]
+                Tensor sums3,         // [2, O]
+                Vector coef3,         // [4, O]
+                Vector dweight3,      // [O]
+                const Vector& vectors3, const Vector& weight3, double eps3, bool batch3) {
   const int64_t O = y3.size(1);
-  check_map("y3", y3, g, O), check_map("g", g, y3, O), check_vectors("mean3", mean3, 1, O),
-      check_vectors("sums3", sums3, 2, O);
+  check_map("y3", y3, g, O), check_map("g", g, y3, O), check_vectors("mean3", mean3, 1, O);
+  const Sums sums(sums3, coef3, dweight3, vectors3, weight3, eps3, batch3, O);
   const Layout layout = layout_of(y3, lie_in_rows({&y3}));
   const auto chunks = chunks_of(layout, TILE_PIXELS);
   const int64_t count = static_cast<int64_t>(chunks.size());
@@ -543,25 +614,29 @@ void output_bwd(const Tensor& g,      // [B, O, h, w]
   for (int64_t c = 0; c < 2 * O; ++c) {
     double total = 0;
     for (int64_t item = 0; item < count; ++item) total += partial.data[2 * O * item + c];
-    data_of(sums3)[c] = static_cast<float>(total);
+    sums.data[c] = static_cast<float>(total);
   }
+  sums.finish(layout.N());
 }
 
-void project_bwd(const Tensor& g,                // [B, O, h, w]
-                 const Tensor& y3,               // [B, O, h, w]
-                 const Tensor& coef3,            // [4, O]
-                 const Tensor& y2,               // [B, E, h, w]
-                 const Tensor& affine2,          // [2, E]
-                 const Tensor& mean2,            // [E]
-                 const Tensor& w3,               // [O, E]
-                 Tensor dz,                      // [B, E, h, w]
-                 Tensor dw3,                     // [O, E]
-                 std::optional<Tensor> sums2) {  // [2, E]
+void project_bwd(const Tensor& g,        // [B, O, h, w]
+                 const Tensor& y3,       // [B, O, h, w]
+                 const Tensor& coef3,    // [4, O]
+                 const Tensor& y2,       // [B, E, h, w]
+                 const Tensor& affine2,  // [2, E]
+                 const Tensor& mean2,    // [E]
+                 const Tensor& w3,       // [O, E]
+                 Tensor dz,              // [B, E, h, w]
+                 Tensor dw3,             // [O, E]
+                 Vector sums2,           // [2, E]
+                 Vector coef2,           // [4, E]
+                 Vector dweight2,        // [E]
+                 const Vector& vectors2, const Vector& weight2, double eps2, bool batch2) {
   const int64_t E = y2.size(1), O = y3.size(1);
   check_map("y2", y2, y3, E), check_map("g", g, y2, O), check_map("y3", y3, y2, O), check_map("dz", dz, y2, E);
   check_weight("w3", w3, {O, E}, y2.scalar_type()), check_weight("dw3", dw3, {O, E}, y2.scalar_type());
   check_vectors("coef3", coef3, 4, O), check_vectors("affine2", affine2, 2, E), check_vectors("mean2", mean2, 1, E);
-  if (sums2) check_vectors("sums2", *sums2, 2, E);
+  const Sums all_sums(sums2, coef2, dweight2, vectors2, weight2, eps2, batch2, E);
   const Layout layout = layout_of(y2, lie_in_rows({&y3, &y2, &dz}));
   const auto chunks = chunks_of(layout, TILE_PIXELS);
   const int64_t N = layout.N(), most = chunks[0].count;
@@ -596,9 +671,10 @@ void project_bwd(const Tensor& g,                // [B, O, h, w]
       FUSEKERN_PICK(bottleneck_mask)(pass);
     }
     if (layout.bf16) multiply(turned(dy3.matrix(all_of(N), 0, O)), all.matrix(all_of(N), 0, channels), dweight, false);
-    if (sums2)
-      for (int64_t i = 0; i < 2; ++i) std::copy_n(sums.data + i * channels, channels, data_of(*sums2) + i * E + c0);
+    if (all_sums.data)
+      for (int64_t i = 0; i < 2; ++i) std::copy_n(sums.data + i * channels, channels, all_sums.data + i * E + c0);
   });
+  all_sums.finish(N);
 }
 
 void depthwise_bwd(const Tensor& dz,       // [B, E, h, w]
@@ -609,21 +685,25 @@ void depthwise_bwd(const Tensor& dz,       // [B, E, h, w]
                    const Tensor& mean1,    // [E]
                    const Tensor& wd,       // [E, k, k]
                    int64_t stride,
-                   Tensor d,                       // [B, E, H, W]
-                   Tensor dwd,                     // [E, k, k]
-                   std::optional<Tensor> sums1) {  // [2, E]
+                   Tensor d,         // [B, E, H, W]
+                   Tensor dwd,       // [E, k, k]
+                   Vector sums1,     // [2, E]
+                   Vector coef1,     // [4, E]
+                   Vector dweight1,  // [E]
+                   const Vector& vectors1, const Vector& weight1, double eps1, bool batch1) {
   BottleneckDepthwise op = depthwise(y1, y2, wd, stride, lie_in_rows({&dz, &y2, &y1, &d}));
   check_map("dz", dz, y2, op.channels), check_map("d", d, y1, op.channels);
   check_weight("dwd", dwd, {op.channels, op.k, op.k}, y1.scalar_type());
   check_vectors("coef2", coef2, 4, op.channels), check_vectors("affine1", affine1, 2, op.channels);
   check_vectors("mean1", mean1, 1, op.channels);
-  if (sums1) check_vectors("sums1", *sums1, 2, op.channels);
+  const Sums sums(sums1, coef1, dweight1, vectors1, weight1, eps1, batch1, op.channels);
   op.dz = op.y2, op.d = op.y1;
   op.dz.data = dz.data_ptr(), op.d.data = d.data_ptr();
   op.dwd = dwd.data_ptr();
   op.coef2 = data_of(coef2), op.affine1 = data_of(affine1), op.mean1 = data_of(mean1);
-  op.sums1 = sums1 ? data_of(*sums1) : nullptr;
+  op.sums1 = sums.data;
   run(op, FUSEKERN_PICK(bottleneck_depthwise_bwd));
+  sums.finish(count_of(y1));
 }
 
 void expand_bwd(const Tensor& d,                 // [B, E, H, W]
@@ -696,23 +776,30 @@ void expand_bwd(const Tensor& d,                 // [B, E, H, W]
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cpp, m) {
-  m.def("inverted_bottleneck_expand_fwd(Tensor x, Tensor w1, Tensor(a!) y1, Tensor(b!)? stats1) -> ()");
+  m.def(
+      "inverted_bottleneck_expand_fwd(Tensor x, Tensor w1, Tensor(a!) y1, Tensor(b!)? stats1, "
+      "Tensor(c!)? vectors1=None, Tensor? weight1=None, Tensor? bias1=None, float eps1=0.) -> ()");
   m.def(
       "inverted_bottleneck_depthwise_fwd(Tensor y1, Tensor affine1, Tensor wd, int stride, Tensor(a!) y2, "
-      "Tensor(b!)? stats2) -> ()");
+      "Tensor(b!)? stats2, Tensor(c!)? vectors2=None, Tensor? weight2=None, Tensor? bias2=None, float eps2=0.) -> ()");
   m.def(
-      "inverted_bottleneck_project_fwd(Tensor y2, Tensor affine2, Tensor w3, Tensor(a!) y3, Tensor(b!)? stats3) -> ()");
+      "inverted_bottleneck_project_fwd(Tensor y2, Tensor affine2, Tensor w3, Tensor(a!) y3, Tensor(b!)? stats3, "
+      "Tensor(c!)? vectors3=None, Tensor? weight3=None, Tensor? bias3=None, float eps3=0.) -> ()");
   m.def("inverted_bottleneck_residual_fwd(Tensor y3, Tensor affine3, Tensor? x, Tensor(a!) out) -> ()");
   m.def(
       "inverted_bottleneck_infer(Tensor x, Tensor w1, Tensor affine1, Tensor wd, Tensor affine2, Tensor w3, "
       "Tensor affine3, int stride, bool residual, Tensor(a!) out) -> ()");
-  m.def("inverted_bottleneck_output_bwd(Tensor g, Tensor y3, Tensor mean3, Tensor(a!) sums3) -> ()");
+  m.def(
+      "inverted_bottleneck_output_bwd(Tensor g, Tensor y3, Tensor mean3, Tensor(a!) sums3, Tensor(b!)? coef3=None, "
+      "Tensor(c!)? dweight3=None, Tensor? vectors3=None, Tensor? weight3=None, float eps3=0., bool batch3=True) -> ()");
   m.def(
       "inverted_bottleneck_project_bwd(Tensor g, Tensor y3, Tensor coef3, Tensor y2, Tensor affine2, Tensor mean2, "
-      "Tensor w3, Tensor(a!) dz, Tensor(b!) dw3, Tensor(c!)? sums2) -> ()");
+      "Tensor w3, Tensor(a!) dz, Tensor(b!) dw3, Tensor(c!)? sums2, Tensor(d!)? coef2=None, "
+      "Tensor(e!)? dweight2=None, Tensor? vectors2=None, Tensor? weight2=None, float eps2=0., bool batch2=True) -> ()");
   m.def(
       "inverted_bottleneck_depthwise_bwd(Tensor dz, Tensor y2, Tensor coef2, Tensor y1, Tensor affine1, Tensor mean1, "
-      "Tensor wd, int stride, Tensor(a!) d, Tensor(b!) dwd, Tensor(c!)? sums1) -> ()");
+      "Tensor wd, int stride, Tensor(a!) d, Tensor(b!) dwd, Tensor(c!)? sums1, Tensor(d!)? coef1=None, "
+      "Tensor(e!)? dweight1=None, Tensor? vectors1=None, Tensor? weight1=None, float eps1=0., bool batch1=True) -> ()");
   m.def(
       "inverted_bottleneck_expand_bwd(Tensor d, Tensor y1, Tensor coef1, Tensor x, Tensor w1, Tensor? g, "
       "Tensor(a!) dx, Tensor(b!) dw1) -> ()");

@@ -7,7 +7,7 @@ namespace {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
-    backward_kernel(const T* __restrict__ dz, const T* __restrict__ y2, const float* __restrict__ coef,
+    bn_relu6_dw_bwd_kernel(const T* __restrict__ dz, const T* __restrict__ y2, const float* __restrict__ coef,
                     const T* __restrict__ y1, const float* __restrict__ affine, const float* __restrict__ mean,
                     const T* __restrict__ weight, T* __restrict__ d, float* __restrict__ partial, Grid grid) {
   constexpr int K = Tile::K, V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T);
@@ -144,12 +144,9 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     });
 }
 
-// Row k of the sums is the gradient of tap k, but for the last two.
-template <class T>
-__global__ void __launch_bounds__(WIDE* WIDE) sums_kernel(const float* __restrict__ partial, T* __restrict__ dweight,
-                                                          float* __restrict__ sums, int parts, int rows, int E) {
-  __shared__ float shared[WIDE][WIDE];
-  const int channel = blockIdx.x * WIDE + threadIdx.x, share = threadIdx.y, k = blockIdx.y;
+// The sum of a row of the parts, for the first of the threads that share a channel.
+__device__ __forceinline__ float sum_of(const float* __restrict__ partial, float (&shared)[WIDE][WIDE], int channel,
+                                        int share, int k, int parts, int rows, int E) {
   float mine = 0.f;
   if (channel < E) {
 #pragma unroll 8
@@ -161,12 +158,29 @@ __global__ void __launch_bounds__(WIDE* WIDE) sums_kernel(const float* __restric
     if (share < half) mine += shared[share + half][threadIdx.x];
     __syncthreads();
   }
-  if (share == 0 && channel < E) {
-    if (k < rows - 2)
-      dweight[static_cast<int64_t>(channel) * (rows - 2) + k] = static_cast<T>(mine);
-    else
-      sums[static_cast<int64_t>(k - (rows - 2)) * E + channel] = mine;
+  return mine;
+}
+
+// Row k of the sums is the gradient of tap k, but for the last two: one block has both, and makes the norm's coef.
+template <class T>
+__global__ void __launch_bounds__(WIDE* WIDE)
+    bn_relu6_dw_sums_kernel(const float* __restrict__ partial, T* __restrict__ dweight, float* __restrict__ sums,
+                            NormBackward norm, float count, int parts, int rows, int E) {
+  __shared__ float shared[WIDE][WIDE];
+  const int channel = blockIdx.x * WIDE + threadIdx.x, share = threadIdx.y, k = blockIdx.y, taps = rows - 2;
+  const float first = sum_of(partial, shared, channel, share, k, parts, rows, E);
+  if (k < taps) {
+    if (share == 0 && channel < E) dweight[static_cast<int64_t>(channel) * taps + k] = static_cast<T>(first);
+    return;
   }
+  const float second = sum_of(partial, shared, channel, share, k + 1, parts, rows, E);
+  if (share != 0 || channel >= E) return;
+  sums[channel] = first;
+  sums[E + channel] = second;
+  if (norm.coef)
+    norm_backward(norm.vectors + channel, second, first * inverse_of(count), second * inverse_of(count),
+                  value_of(norm.weight, channel, 1.f), norm.eps, norm.batch, norm.coef + channel,
+                  norm.dweight + channel, E);
 }
 
 }  // namespace
@@ -179,25 +193,27 @@ const char* launch(const Problem& problem, const Backward& t, void* stream) {
     grid.source.wide &= aligned({t.dz, t.y2});
     grid.target.wide &= aligned({t.y1, t.d});
     const auto read = [](const void* pointer) { return static_cast<const T*>(pointer); };
-    if (const char* error = start(backward_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS, stream,
-                                  read(t.dz), read(t.y2), t.coef, read(t.y1), t.affine, t.mean, read(t.weight),
+    if (const char* error = start(bn_relu6_dw_bwd_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS,
+                                  stream, read(t.dz), read(t.y2), t.coef, read(t.y1), t.affine, t.mean, read(t.weight),
                                   static_cast<T*>(t.d), t.partial, grid))
       return error;
-    return start(sums_kernel<T>, dim3((problem.E + WIDE - 1) / WIDE, Tile::SUMS), dim3(WIDE, WIDE), stream, t.partial,
-                 static_cast<T*>(t.dweight), t.sums, parts_of(grid), Tile::SUMS, problem.E);
+    const float count = static_cast<float>(static_cast<int64_t>(problem.B) * problem.H * problem.W);
+    return start(bn_relu6_dw_sums_kernel<T>, dim3((problem.E + WIDE - 1) / WIDE, Tile::SUMS - 1), dim3(WIDE, WIDE),
+                 stream, t.partial, static_cast<T*>(t.dweight), t.sums, t.norm, count, parts_of(grid), Tile::SUMS,
+                 problem.E);
   });
 }
 
 const char* backward_attributes(std::vector<Attributes>& kernels) {
   const char* error =
-      attributes_of_all<true>(kernels, [&]<class T, class Tile>() { return backward_kernel<T, Tile>; });
+      attributes_of_all<true>(kernels, [&]<class T, class Tile>() { return bn_relu6_dw_bwd_kernel<T, Tile>; });
   const auto add = [&](const char* name, auto* kernel) {
     kernels.push_back({name, WIDE * WIDE});
     if (!error) error = attributes_of(kernel, kernels.back());
   };
-  add("bwd sums float32", sums_kernel<float>);
-  add("bwd sums bfloat16", sums_kernel<__nv_bfloat16>);
-  add("bwd sums float16", sums_kernel<__half>);
+  add("bwd sums float32", bn_relu6_dw_sums_kernel<float>);
+  add("bwd sums bfloat16", bn_relu6_dw_sums_kernel<__nv_bfloat16>);
+  add("bwd sums float16", bn_relu6_dw_sums_kernel<__half>);
   return error;
 }
 

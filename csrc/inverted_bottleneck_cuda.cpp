@@ -45,6 +45,13 @@ bool lies(const Tensor& t, bool channels_last) {
   return true;
 }
 
+dw::Type type_of(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return dtype == ScalarType::Float      ? dw::Type::float32
+         : dtype == ScalarType::BFloat16 ? dw::Type::bfloat16
+                                         : dw::Type::float16;
+}
+
 // The problem, and whatever all tensors have to do with it: `wide` is y1 or d, `narrow` y2 or dz.
 dw::Problem problem_of(const Tensor& y1, const Tensor& y2, const Tensor& weight, int64_t stride,
                        std::initializer_list<const Tensor*> wide, std::initializer_list<const Tensor*> narrow) {
@@ -68,11 +75,8 @@ dw::Problem problem_of(const Tensor& y1, const Tensor& y2, const Tensor& weight,
   for (const auto& maps : {wide, narrow})
     for (const Tensor* t : maps) last &= lies(*t, true), first &= lies(*t, false);
   STD_TORCH_CHECK(last || first, "the maps must be dense, and all of them channels_last or all of them NCHW");
-  const dw::Type type = dtype == ScalarType::Float      ? dw::Type::float32
-                        : dtype == ScalarType::BFloat16 ? dw::Type::bfloat16
-                                                        : dw::Type::float16;
   const auto size = [](int64_t n) { return static_cast<int>(n); };
-  return {type, last, size(K), size(stride), size(B), size(E), size(H), size(W), size(h), size(w)};
+  return {type_of(y1), last, size(K), size(stride), size(B), size(E), size(H), size(W), size(h), size(w)};
 }
 
 void* current_stream(const Tensor& t) {
@@ -92,21 +96,40 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-void bn_relu6_dw_fwd(const Tensor& y1,                     // [B, E, H, W]
-                     const std::optional<Tensor>& affine,  // [2, E], or none: then y1 is relu6(v1) already
-                     const Tensor& weight,                 // [E, k, k]
+using Vector = std::optional<Tensor>;
+
+float* vectors_of(const char* name, const Vector& t, const Tensor& like, std::initializer_list<int64_t> shape) {
+  if (!t) return nullptr;
+  check_dense(name, *t, like, shape, ScalarType::Float);
+  return data<float>(*t);
+}
+
+dw::Parameter parameter_of(const char* name, const Vector& t, const Tensor& y1) {
+  if (!t) return {nullptr, dw::Type::float32};
+  const bool wide = t->scalar_type() == ScalarType::Float;
+  check_dense(name, *t, y1, {y1.size(1)}, wide ? ScalarType::Float : y1.scalar_type());
+  return {t->data_ptr(), wide ? dw::Type::float32 : type_of(y1)};
+}
+
+void bn_relu6_dw_fwd(const Tensor& y1,      // [B, E, H, W]
+                     const Vector& affine,  // [2, E], or none: then y1 is relu6(v1) already
+                     const Tensor& weight,  // [E, k, k]
                      int64_t stride,
-                     Tensor y2,                      // [B, E, h, w]
-                     std::optional<Tensor> stats) {  // [2, E]
+                     Tensor y2,       // [B, E, h, w]
+                     Vector stats,    // [2, E]
+                     Vector vectors,  // [5, E], of the norm behind y2
+                     const Vector& norm_weight, const Vector& norm_bias, double eps) {
   const dw::Problem problem = problem_of(y1, y2, weight, stride, {&y1}, {&y2});
-  if (affine) check_dense("affine", *affine, y1, {2, problem.E}, ScalarType::Float);
-  if (stats) check_dense("stats", *stats, y1, {2, problem.E}, ScalarType::Float);
+  const int64_t E = problem.E;
+  const float* const scale_and_shift = vectors_of("affine", affine, y1, {2, E});
+  float* const moments = vectors_of("stats", stats, y1, {2, E});
+  const dw::NormForward norm{parameter_of("norm_weight", norm_weight, y1), parameter_of("norm_bias", norm_bias, y1),
+                             static_cast<float>(eps), vectors_of("vectors", vectors, y1, {5, E})};
   const torch::stable::accelerator::DeviceGuard device(y1.get_device_index());
-  std::optional<Tensor> partial;
-  if (stats) partial = working_memory(*stats, dw::forward_parts(problem), 3, problem.E);
-  const dw::Forward tensors{y1.data_ptr(),   affine ? data<const float>(*affine) : nullptr,
-                            weight.data_ptr(), y2.data_ptr(),
-                            stats ? data<float>(*partial) : nullptr, stats ? data<float>(*stats) : nullptr};
+  Vector partial;
+  if (stats || vectors) partial = working_memory(stats ? *stats : *vectors, dw::forward_parts(problem), 3, E);
+  const dw::Forward tensors{y1.data_ptr(), scale_and_shift, weight.data_ptr(), y2.data_ptr(),
+                            partial ? data<float>(*partial) : nullptr, moments, norm};
   const char* error = dw::launch(problem, tensors, current_stream(y1));
   STD_TORCH_CHECK(!error, "bn_relu6_dw_fwd: ", error ? error : "");
 }
@@ -119,9 +142,13 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
                      const Tensor& mean,    // [E]
                      const Tensor& weight,  // [E, k, k]
                      int64_t stride,
-                     Tensor d,        // [B, E, H, W]
-                     Tensor dweight,  // [E, k, k]
-                     Tensor sums) {   // [2, E]
+                     Tensor d,             // [B, E, H, W]
+                     Tensor dweight,       // [E, k, k]
+                     Tensor sums,          // [2, E]
+                     Vector coef1,         // [4, E], of the norm behind y1
+                     Vector norm_dweight,  // [E]
+                     const Vector& vectors,  // [5, E]
+                     const Vector& norm_weight, double eps, bool batch) {
   const dw::Problem problem = problem_of(y1, y2, weight, stride, {&y1, &d}, {&y2, &dz});
   const int E = problem.E, K = problem.K;
   check_dense("coef", coef, y1, {4, E}, ScalarType::Float);
@@ -129,11 +156,19 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
   check_dense("mean", mean, y1, {E}, ScalarType::Float);
   check_dense("dweight", dweight, y1, {E, K, K}, y1.scalar_type());
   check_dense("sums", sums, y1, {2, E}, ScalarType::Float);
+  STD_TORCH_CHECK(coef1.has_value() == norm_dweight.has_value() && (!coef1 || vectors),
+                  "coef1 and norm_dweight belong together, and need vectors");
+  const dw::NormBackward norm{vectors_of("vectors", vectors, y1, {5, E}),
+                              parameter_of("norm_weight", norm_weight, y1),
+                              static_cast<float>(eps),
+                              batch,
+                              vectors_of("coef1", coef1, y1, {4, E}),
+                              vectors_of("norm_dweight", norm_dweight, y1, {E})};
   const torch::stable::accelerator::DeviceGuard device(y1.get_device_index());
   const Tensor partial = working_memory(affine, dw::backward_parts(problem), K * K + 2, E);
   const dw::Backward tensors{dz.data_ptr(),       y2.data_ptr(),           data<const float>(coef), y1.data_ptr(),
                              data<const float>(affine), data<const float>(mean), weight.data_ptr(), d.data_ptr(),
-                             dweight.data_ptr(),  data<float>(partial),    data<float>(sums)};
+                             dweight.data_ptr(),  data<float>(partial),    data<float>(sums),       norm};
   const char* error = dw::launch(problem, tensors, current_stream(y1));
   STD_TORCH_CHECK(!error, "bn_relu6_dw_bwd: ", error ? error : "");
 }
@@ -142,11 +177,13 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cuda, m) {
   m.def(
-      "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats) "
-      "-> ()");
+      "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats, "
+      "Tensor(c!)? vectors=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.) -> ()");
   m.def(
       "bn_relu6_dw_bwd(Tensor dz, Tensor y2, Tensor coef, Tensor y1, Tensor affine, Tensor mean, Tensor weight, "
-      "int stride, Tensor(a!) d, Tensor(b!) dweight, Tensor(c!) sums) -> ()");
+      "int stride, Tensor(a!) d, Tensor(b!) dweight, Tensor(c!) sums, Tensor(d!)? coef1=None, "
+      "Tensor(e!)? norm_dweight=None, Tensor? vectors=None, Tensor? norm_weight=None, float eps=0., bool batch=True) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusekern_cuda, CUDA, m) {

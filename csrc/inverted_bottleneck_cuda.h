@@ -21,13 +21,36 @@ struct Problem {
 int forward_parts(const Problem& problem);
 int backward_parts(const Problem& problem);
 
+// Of a norm, [E], fp32 or of the maps' type; or none.
+struct Parameter {
+  const void* data;
+  Type type;
+};
+
+// The norm behind y2, if its vectors are to be made of the statistics, and the one behind y1, of the sums.
+struct NormForward {
+  Parameter weight, bias;
+  float eps;
+  float* vectors;  // [5, E], or none
+};
+
+struct NormBackward {
+  const float* vectors;  // [5, E]
+  Parameter weight;
+  float eps;
+  bool batch;
+  float* coef;     // [4, E], or none
+  float* dweight;  // [E]
+};
+
 struct Forward {
   const void* y1;       // [B, E, H, W]
   const float* affine;  // [2, E], or none: then y1 is relu6(v1) already
   const void* weight;   // [E, K, K]
   void* y2;             // [B, E, h, w]
   float* partial;       // [parts, 3, E], or none
-  float* stats;         // [2, E]
+  float* stats;         // [2, E], or none
+  NormForward norm;
 };
 
 struct Backward {
@@ -42,6 +65,7 @@ struct Backward {
   void* dweight;        // [E, K, K]
   float* partial;       // [parts, K * K + 2, E]
   float* sums;          // [2, E]
+  NormBackward norm;
 };
 
 // Both return CUDA's error in words, or none.

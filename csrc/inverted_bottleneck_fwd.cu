@@ -7,7 +7,7 @@ namespace {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
-    forward_kernel(const T* __restrict__ y1, const float* __restrict__ affine, const T* __restrict__ weight,
+    bn_relu6_dw_fwd_kernel(const T* __restrict__ y1, const float* __restrict__ affine, const T* __restrict__ weight,
                    T* __restrict__ y2, float* __restrict__ partial, Grid grid) {
   constexpr int V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T), TILE = Tile::SIZE * sizeof(T);
   constexpr int WEIGHT = Tile::K * Tile::K * Tile::CHANNELS * sizeof(T);
@@ -113,9 +113,10 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
   }
 }
 
-// Of the parts' moments.
+// Of the parts' moments, and what the norm makes of them.
 __global__ void __launch_bounds__(WIDE* WIDE)
-    moments_kernel(const float* __restrict__ partial, float* __restrict__ stats, int parts, int E) {
+    bn_relu6_dw_moments_kernel(const float* __restrict__ partial, float* __restrict__ stats, NormForward norm,
+                               int parts, int E) {
   __shared__ Moments shared[WIDE][WIDE + 1];
   const int channel = blockIdx.x * WIDE + threadIdx.x, share = threadIdx.y;
   Moments mine{0.f, 0.f, 0.f};
@@ -132,10 +133,15 @@ __global__ void __launch_bounds__(WIDE* WIDE)
     if (share < half) mine = merge(mine, shared[share + half][threadIdx.x]);
     __syncthreads();
   }
-  if (share == 0 && channel < E) {
+  if (share != 0 || channel >= E) return;
+  if (stats) {
     stats[channel] = mine.mean;
     stats[E + channel] = mine.m2;
   }
+  if (norm.vectors)
+    norm_forward(mine.mean, mine.m2 * inverse_of(mine.count), mine.m2 * inverse_of(mine.count - 1.f),
+                 value_of(norm.weight, channel, 1.f), value_of(norm.bias, channel, 0.f), norm.eps,
+                 norm.vectors + channel, E);
 }
 
 }  // namespace
@@ -149,20 +155,20 @@ const char* launch(const Problem& problem, const Forward& t, void* stream) {
     grid.target.wide &= aligned({t.y2});
     const auto* y1 = static_cast<const T*>(t.y1);
     const auto* weight = static_cast<const T*>(t.weight);
-    if (const char* error = start(forward_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS, stream, y1,
-                                  t.affine, weight, static_cast<T*>(t.y2), t.partial, grid))
+    if (const char* error = start(bn_relu6_dw_fwd_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS,
+                                  stream, y1, t.affine, weight, static_cast<T*>(t.y2), t.partial, grid))
       return error;
     if (!t.partial) return nullptr;
-    return start(moments_kernel, (problem.E + WIDE - 1) / WIDE, dim3(WIDE, WIDE), stream, t.partial, t.stats,
-                 parts_of(grid), problem.E);
+    return start(bn_relu6_dw_moments_kernel, (problem.E + WIDE - 1) / WIDE, dim3(WIDE, WIDE), stream, t.partial,
+                 t.stats, t.norm, parts_of(grid), problem.E);
   });
 }
 
 const char* forward_attributes(std::vector<Attributes>& kernels) {
   const char* error =
-      attributes_of_all<false>(kernels, [&]<class T, class Tile>() { return forward_kernel<T, Tile>; });
+      attributes_of_all<false>(kernels, [&]<class T, class Tile>() { return bn_relu6_dw_fwd_kernel<T, Tile>; });
   kernels.push_back({"fwd moments", WIDE * WIDE});
-  return error ? error : attributes_of(moments_kernel, kernels.back());
+  return error ? error : attributes_of(bn_relu6_dw_moments_kernel, kernels.back());
 }
 
 }  // namespace fusekern::dw

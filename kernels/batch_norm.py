@@ -1,4 +1,8 @@
-"""The vectors of a batch norm between the stages of an op; ``fusekern/ops/_batch_norm.py`` says what they are."""
+"""The vectors of a batch norm between the stages of an op; ``fusekern/ops/_batch_norm.py`` says what they are.
+
+A stage leaves parts of its statistics and sums, one for each of its programs. The launch that joins them, in a fixed
+order, goes on to what the norm makes of them.
+"""
 
 from __future__ import annotations
 
@@ -11,123 +15,205 @@ import triton.language as tl
 from fusekern.kernels.aot import Case
 from torch import Tensor
 
-BLOCK = 256  # channels of a program
+BLOCK = 256  # channels of a program that joins nothing
+# Parts and channels at a time of those that do: few parts, or many.
+FEW, MANY = (16, 128), (256, 16)
 
 
-@triton.jit(do_not_specialize=["count", "eps"])
+@triton.jit
+def store_vectors(vectors, b_mean, b_var, b_unbiased, weight, bias, eps, o_c, m_c, C: tl.constexpr):
+    """Columns of [5, C]; weight and bias may be none."""
+    b_scale = tl.rsqrt(b_var + eps)
+    if weight is not None:
+        b_scale *= tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_shift = -b_mean * b_scale
+    if bias is not None:
+        b_shift += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    tl.store(vectors + o_c, b_scale, mask=m_c)
+    tl.store(vectors + C + o_c, b_shift, mask=m_c)
+    tl.store(vectors + 2 * C + o_c, b_mean, mask=m_c)
+    tl.store(vectors + 3 * C + o_c, b_var, mask=m_c)
+    tl.store(vectors + 4 * C + o_c, b_unbiased, mask=m_c)
+
+
+@triton.jit
+def norm_fwd(mean, var, weight, bias, vectors, eps, o_c, C: tl.constexpr):
+    """A norm that may be none; without mean and var its moments are in the vectors already."""
+    if vectors is not None:
+        m_c = o_c < C
+        if mean is not None:
+            b_mean = tl.load(mean + o_c, mask=m_c, other=0.0).to(tl.float32)
+            b_var = tl.load(var + o_c, mask=m_c, other=0.0).to(tl.float32)
+            b_unbiased = b_var
+        else:
+            b_mean = tl.load(vectors + 2 * C + o_c, mask=m_c, other=0.0)
+            b_var = tl.load(vectors + 3 * C + o_c, mask=m_c, other=0.0)
+            b_unbiased = tl.load(vectors + 4 * C + o_c, mask=m_c, other=0.0)
+        store_vectors(vectors, b_mean, b_var, b_unbiased, weight, bias, eps, o_c, m_c, C)
+
+
+@triton.jit(do_not_specialize=["eps1", "eps2", "eps3"])
 def batch_norm_fwd_kernel(
-    stats,  # [2, C], or null
-    mean,  # [C], or null
-    var,  # [C], or null
-    weight,  # [C], or null
-    bias,  # [C], or null
-    moments,  # [3, C]
-    affine,  # [2, C]
-    count,
-    eps,
-    C: tl.constexpr,
-    SEEN: tl.constexpr,  # where the moments are from: stats, running or moments
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
+    mean1,
+    var1,
+    weight1,
+    bias1,
+    vectors1,
+    mean2,
+    var2,
+    weight2,
+    bias2,
+    vectors2,
+    mean3,
+    var3,
+    weight3,
+    bias3,
+    vectors3,
+    eps1,
+    eps2,
+    eps3,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    C3: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """The vectors [5, C] of three norms; mean, var, weight and bias are [C], and none where there are none."""
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    norm_fwd(mean1, var1, weight1, bias1, vectors1, eps1, o_c, C1)
+    norm_fwd(mean2, var2, weight2, bias2, vectors2, eps2, o_c, C2)
+    norm_fwd(mean3, var3, weight3, bias3, vectors3, eps3, o_c, C3)
+
+
+@triton.jit(do_not_specialize=["parts", "size", "tiles", "eps"])
+def batch_norm_join_kernel(
+    partial,
+    stats,
+    vectors,
+    weight,
+    bias,
+    parts,
+    size,
+    tiles,
+    eps,
+    C: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The moments of all pixels from those of tiles of ``BP`` pixels, [parts, 2, C] to stats, [2, C], or vectors.
+
+    mean = sum_t n_t mean_t / n  and  m2 = sum_t (m2_t + n_t (mean_t - mean)^2).
+    """
+    i_c = tl.program_id(0) * BC
+    o_c = i_c + tl.arange(0, BC)
     m_c = o_c < C
-    if SEEN == "running":
-        b_mean = tl.load(mean + o_c, mask=m_c)
-        b_var = tl.load(var + o_c, mask=m_c)
-        b_unbiased = b_var
-    elif SEEN == "stats":
-        b_mean = tl.load(stats + o_c, mask=m_c)
-        b_squares = tl.load(stats + C + o_c, mask=m_c)
-        b_var = b_squares / count
-        b_unbiased = b_squares / tl.maximum(count - 1.0, 1.0)
-    else:
-        b_mean = tl.load(moments + o_c, mask=m_c)
-        b_var = tl.load(moments + C + o_c, mask=m_c)
-    if SEEN != "moments":
-        tl.store(moments + o_c, b_mean, mask=m_c)
-        tl.store(moments + C + o_c, b_var, mask=m_c)
-        tl.store(moments + 2 * C + o_c, b_unbiased, mask=m_c)
-    b_scale = tl.rsqrt(b_var + eps)
-    if WEIGHT:
-        b_scale *= tl.load(weight + o_c, mask=m_c)
-    b_shift = -b_mean * b_scale
-    if BIAS:
-        b_shift += tl.load(bias + o_c, mask=m_c)
-    tl.store(affine + o_c, b_scale, mask=m_c)
-    tl.store(affine + C + o_c, b_shift, mask=m_c)
+    b_n = tl.zeros([BT], tl.float32)
+    b_sum = tl.zeros([BT, BC], tl.float32)
+    for i_t in range(0, parts, BT):
+        o_t = i_t + tl.arange(0, BT)
+        m_t = (o_t < parts)[:, None] & m_c[None, :]
+        b_count = tl.where(o_t < parts, tl.minimum(size - o_t % tiles * BP, BP), 0).to(tl.float32)
+        b_m = tl.load(partial + o_t.to(tl.int64)[:, None] * (2 * C) + o_c[None, :], mask=m_t, other=0.0)  # [BT, BC]
+        b_sum += b_m * b_count[:, None]
+        b_n += b_count
+    n = tl.sum(b_n, 0)
+    b_mean = tl.sum(b_sum, 0) / n
+    b_m2 = tl.zeros([BT, BC], tl.float32)
+    for i_t in range(0, parts, BT):
+        o_t = i_t + tl.arange(0, BT)
+        m_t = (o_t < parts)[:, None] & m_c[None, :]
+        b_count = tl.where(o_t < parts, tl.minimum(size - o_t % tiles * BP, BP), 0).to(tl.float32)
+        o_m = o_t.to(tl.int64)[:, None] * (2 * C) + o_c[None, :]
+        b_d = tl.where(m_t, tl.load(partial + o_m, mask=m_t, other=0.0) - b_mean[None, :], 0.0)
+        b_m2 += tl.load(partial + o_m + C, mask=m_t, other=0.0) + b_d * b_d * b_count[:, None]
+    b_squares = tl.sum(b_m2, 0)
+    if stats is not None:
+        tl.store(stats + o_c, b_mean, mask=m_c)
+        tl.store(stats + C + o_c, b_squares, mask=m_c)
+    if vectors is not None:
+        b_unbiased = b_squares / tl.maximum(n - 1.0, 1.0)
+        store_vectors(vectors, b_mean, b_squares / n, b_unbiased, weight, bias, eps, o_c, m_c, C)
 
 
-@triton.jit(do_not_specialize=["count", "eps"])
+@triton.jit(do_not_specialize=["parts", "count", "eps"])
 def batch_norm_bwd_kernel(
-    moments,  # [3, C]
-    sums,  # [2, C]
-    means,  # [2, C], or null
-    weight,  # [C], or null
-    coef,  # [4, C]
-    dweight,  # [C]
+    partial,  # [parts, 2, C]
+    means,  # [2, C], or none
+    vectors,  # [5, C], or none
+    weight,  # [C], or none
+    sums,  # [2, C], or none
+    coef,  # [4, C], or none
+    dweight,  # [C], or none
+    parts,
     count,
     eps,
     C: tl.constexpr,
     BATCH: tl.constexpr,
-    MEANS: tl.constexpr,
-    WEIGHT: tl.constexpr,
     BC: tl.constexpr,
+    BT: tl.constexpr,
 ):
+    """The sums over the parts, and from them, or in their place the means, coef and dweight."""
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
-    b_rstd = tl.rsqrt(tl.load(moments + C + o_c, mask=m_c) + eps)
-    b_p = b_rstd
-    if WEIGHT:
-        b_p *= tl.load(weight + o_c, mask=m_c)
-    b_first = tl.load(sums + o_c, mask=m_c)
-    b_second = tl.load(sums + C + o_c, mask=m_c)
-    tl.store(dweight + o_c, b_second * b_rstd, mask=m_c)
-    if MEANS:
-        b_first = tl.load(means + o_c, mask=m_c)
-        b_second = tl.load(means + C + o_c, mask=m_c)
-    else:
-        b_first /= count
-        b_second /= count
-    b_q = -b_p * b_rstd * b_rstd * b_second if BATCH else tl.zeros([BC], tl.float32)
-    b_r = -b_p * b_first if BATCH else tl.zeros([BC], tl.float32)
-    tl.store(coef + o_c, b_p, mask=m_c)
-    tl.store(coef + C + o_c, b_q, mask=m_c)
-    tl.store(coef + 2 * C + o_c, b_r, mask=m_c)
-    tl.store(coef + 3 * C + o_c, tl.load(moments + o_c, mask=m_c), mask=m_c)
+    b_sum = tl.zeros([BT, BC], tl.float32)
+    b_product = tl.zeros([BT, BC], tl.float32)
+    for i_t in range(0, parts, BT):
+        o_t = i_t + tl.arange(0, BT)
+        m_t = (o_t < parts)[:, None] & m_c[None, :]
+        o_s = o_t.to(tl.int64)[:, None] * (2 * C) + o_c[None, :]
+        b_sum += tl.load(partial + o_s, mask=m_t, other=0.0)
+        b_product += tl.load(partial + o_s + C, mask=m_t, other=0.0)
+    b_first = tl.sum(b_sum, 0)
+    b_second = tl.sum(b_product, 0)
+    if sums is not None:
+        tl.store(sums + o_c, b_first, mask=m_c)
+        tl.store(sums + C + o_c, b_second, mask=m_c)
+    if coef is not None:
+        b_rstd = tl.rsqrt(tl.load(vectors + 3 * C + o_c, mask=m_c, other=0.0) + eps)
+        b_p = b_rstd
+        if weight is not None:
+            b_p *= tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(dweight + o_c, b_second * b_rstd, mask=m_c)
+        if means is not None:
+            b_first = tl.load(means + o_c, mask=m_c, other=0.0)
+            b_second = tl.load(means + C + o_c, mask=m_c, other=0.0)
+        else:
+            b_first /= count
+            b_second /= count
+        tl.store(coef + o_c, b_p, mask=m_c)
+        if BATCH:
+            tl.store(coef + C + o_c, -b_p * b_rstd * b_rstd * b_second, mask=m_c)
+            tl.store(coef + 2 * C + o_c, -b_p * b_first, mask=m_c)
+        else:
+            tl.store(coef + C + o_c, tl.zeros([BC], tl.float32), mask=m_c)
+            tl.store(coef + 2 * C + o_c, tl.zeros([BC], tl.float32), mask=m_c)
+        tl.store(coef + 3 * C + o_c, tl.load(vectors + 2 * C + o_c, mask=m_c, other=0.0), mask=m_c)
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def batch_norm_fwd(
-    stats: Tensor | None,
-    count: int,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    moments: Tensor,
-    affine: Tensor,
-) -> None:
-    """``moments`` from ``stats``, or from ``mean`` and ``var``, or as they are; and ``affine`` from them."""
-    channels = moments.shape[1]
-    seen = "stats" if stats is not None else "running" if mean is not None else "moments"
-    with _device_of(moments):
-        batch_norm_fwd_kernel[(triton.cdiv(channels, BLOCK),)](
-            *(stats, mean, var, weight, bias, moments, affine, float(count), eps),
-            *(channels, seen, weight is not None, bias is not None, BLOCK),
+def batch_norm_fwd(*norms: Tensor | float | None) -> None:
+    """Mean, var, weight, bias, eps and ``vectors`` of each of three norms.
+
+    The vectors are filled from mean and var or, where there are none, from the moments in them; where there are no
+    vectors, there is no norm.
+    """
+    means, variances, weights, biases, eps, vectors = (norms[i::6] for i in range(6))
+    widths = [0 if of is None else of.shape[1] for of in vectors]
+    tensors = zip(means, variances, weights, biases, vectors, strict=True)
+    with _device_of(next(of for of in vectors if of is not None)):
+        batch_norm_fwd_kernel[(triton.cdiv(max(widths), BLOCK),)](
+            *(tensor for norm in tensors for tensor in norm), *eps, *widths, BLOCK
         )
 
 
 def batch_norm_bwd(
-    moments: Tensor,
     sums: Tensor,
     means: Tensor | None,
     count: int,
+    vectors: Tensor,
     weight: Tensor | None,
     eps: float,
     batch: bool,
@@ -135,28 +221,101 @@ def batch_norm_bwd(
     dweight: Tensor,
 ) -> None:
     """``coef`` and ``dweight`` from the sums of this process, and the ``means`` of all where there are more."""
-    channels = moments.shape[1]
-    with _device_of(moments):
-        batch_norm_bwd_kernel[(triton.cdiv(channels, BLOCK),)](
-            *(moments, sums, means, weight, coef, dweight, float(count), eps),
-            *(channels, batch, means is not None, weight is not None, BLOCK),
-        )
+    with _device_of(sums):
+        _launch_bwd(sums[None], means, None, coef, dweight, vectors, weight, eps, batch, count)
+
+
+def join(
+    partial: Tensor,
+    size: int,
+    tiles: int,
+    pixels: int,
+    stats: Tensor | None,
+    vectors: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    """From the moments of tiles of ``pixels``, so many of them for ``size``, to ``stats`` or ``vectors``."""
+    count, width = MANY
+    channels = partial.shape[2]
+    batch_norm_join_kernel[(triton.cdiv(channels, width),)](
+        *(partial, stats, vectors, weight, bias, partial.shape[0], size, tiles, eps),
+        C=channels,
+        BP=pixels,
+        BC=width,
+        BT=count,
+        num_warps=8,
+    )
+
+
+def add(
+    partial: Tensor,
+    count: int,
+    sums: Tensor,
+    coef: Tensor | None,
+    dweight: Tensor | None,
+    vectors: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    batch: bool,
+) -> None:
+    """From the sums of tiles to ``sums`` and, of a norm over ``count`` pixels, to ``coef`` and ``dweight``."""
+    _launch_bwd(partial, None, sums, coef, dweight, vectors, weight, eps, batch, count)
+
+
+def _launch_bwd(partial, means, sums, coef, dweight, vectors, weight, eps, batch, count) -> None:
+    parts, _, channels = partial.shape
+    many, width = FEW if parts <= 4 * FEW[0] else MANY
+    batch_norm_bwd_kernel[(triton.cdiv(channels, width),)](
+        *(partial, means, vectors, weight, sums, coef, dweight, parts, float(count), eps),
+        C=channels,
+        BATCH=batch,
+        BC=width,
+        BT=many,
+        num_warps=4 if many == FEW[0] else 8,
+    )
 
 
 def compile_cases() -> Iterator[Case]:
     """What the launchers can choose, for the gate in ``fusekern.kernels.aot``."""
     for C in (512, 200):
-        for seen in ("stats", "running", "moments"):
-            flags = {"SEEN": seen, "WEIGHT": True, "BIAS": True}
-            yield _case(f"fwd {seen}", batch_norm_fwd_kernel, C, **flags)
-        for means in (False, True):
-            yield _case(f"bwd{' means' * means}", batch_norm_bwd_kernel, C, BATCH=True, MEANS=means, WEIGHT=True)
-        yield _case("bwd frozen", batch_norm_bwd_kernel, C, BATCH=False, MEANS=False, WEIGHT=True)
+        for kind in ("fp32", "bf16"):
+            for mean in (True, False):
+                none = () if mean else ("mean", "var")
+                yield _case("fwd running" if mean else "fwd moments", batch_norm_fwd_kernel, C, kind, none, BC=BLOCK)
+            for what in ("stats", "vectors"):
+                none = {"stats": ("vectors", "weight", "bias"), "vectors": ("stats",)}[what]
+                tile = {"BP": 128, "BT": MANY[0], "BC": MANY[1]}
+                yield _case(f"join {what}", batch_norm_join_kernel, C, kind, none, 8, **tile)
+            for count, width in (FEW, MANY):
+                tile, warps = {"BT": count, "BC": width, "BATCH": True}, 4 if count == FEW[0] else 8
+                name = "few" if count == FEW[0] else "many"
+                yield _case(f"bwd {name}", batch_norm_bwd_kernel, C, kind, ("means",), warps, **tile)
+                if kind == "fp32":
+                    none = ("means", "coef", "dweight", "vectors", "weight")
+                    yield _case(f"bwd sums {name}", batch_norm_bwd_kernel, C, kind, none, warps, **tile)
+        tile = {"BT": FEW[0], "BC": FEW[1]}
+        yield _case("bwd means", batch_norm_bwd_kernel, C, "fp32", ("sums",), 4, **tile, BATCH=True)
+        yield _case("bwd frozen", batch_norm_bwd_kernel, C, "fp32", ("means",), 4, **tile, BATCH=False)
 
 
-def _case(name: str, kernel: triton.runtime.jit.JITFunction, C: int, **flags: object) -> Case:
-    constexprs = {"C": C, "BC": BLOCK, **flags}
-    present = [param.name for param in kernel.params if param.name not in constexprs]
-    signature = {param: "fp32" if param in ("count", "eps") else "*fp32" for param in present}
-    divisible = tuple(param for param in present if signature[param] == "*fp32")
-    return Case(kernel, f"{name} {C}", signature, constexprs, divisible)
+def _case(
+    name: str,
+    kernel: triton.runtime.jit.JITFunction,
+    C: int,
+    kind: str,
+    none: tuple[str, ...],
+    warps: int = 4,
+    **tile: object,
+) -> Case:
+    """``kind``: the dtype of running statistics, weight and bias."""
+    absent = [param.name for param in kernel.params if param.name.rstrip("123") in none]
+    constexprs = {**dict.fromkeys(("C", "C1", "C2", "C3"), C), **dict.fromkeys(absent), **tile}
+    constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
+    types = dict.fromkeys(("parts", "size", "tiles"), "i32") | dict.fromkeys(("eps", "count"), "fp32")
+    types |= dict.fromkeys(("mean", "var", "weight", "bias"), f"*{kind}")
+    present = [param for param in kernel.params if param.name not in constexprs]
+    signature = {param.name: types.get(param.name.rstrip("123"), "*fp32") for param in present}
+    divisible = tuple(param.name for param in present if signature[param.name].startswith("*"))
+    return Case(kernel, f"{name} {kind} {C}", signature, constexprs, divisible, warps)

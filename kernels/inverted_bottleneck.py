@@ -5,7 +5,8 @@ of the tensor before it is added up where that is written. No tensor of E channe
 gradients. The depthwise stages between are CUDA, ``torch.ops.fusekern_cuda``: a tile is activated once there, not once
 for each tap.
 
-A sum over all pixels has parts, a program each, which a second kernel adds in a fixed order.
+A sum over all pixels has parts, a program each, which a second kernel adds in a fixed order. Of statistics and of the
+sums of a norm's backward it is that of ``batch_norm``, which makes of them what the norm applies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fusekern.kernels import batch_norm
 from fusekern.kernels.aot import Case
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -242,38 +244,6 @@ def inverted_bottleneck_reduce_kernel(
         b_first += b_g
         b_second += b_g * (b_y - b_mean)
     store_sums(partial, i_part.to(tl.int64), tl.sum(b_first, 0), tl.sum(b_second, 0), i_c, C, BC)
-
-
-@triton.jit(do_not_specialize=["parts", "size", "tiles"])
-def inverted_bottleneck_moments_kernel(
-    partial, stats, parts, size, tiles, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr
-):
-    """The moments of all pixels from those of tiles of ``BP`` pixels, [parts, 2, C] to [2, C].
-
-    mean = sum_t n_t mean_t / n  and  m2 = sum_t (m2_t + n_t (mean_t - mean)^2).
-    """
-    i_c = tl.program_id(0) * BC
-    o_c = i_c + tl.arange(0, BC)
-    b_n = tl.zeros([BT], tl.float32)
-    b_sum = tl.zeros([BT, BC], tl.float32)
-    for i_t in range(0, parts, BT):
-        o_t = i_t + tl.arange(0, BT)
-        m_t = (o_t < parts)[:, None] & (o_c < C)[None, :]
-        b_count = tl.where(o_t < parts, tl.minimum(size - o_t % tiles * BP, BP), 0).to(tl.float32)
-        b_m = tl.load(partial + o_t.to(tl.int64)[:, None] * (2 * C) + o_c[None, :], mask=m_t, other=0.0)  # [BT, BC]
-        b_sum += b_m * b_count[:, None]
-        b_n += b_count
-    b_mean = tl.sum(b_sum, 0) / tl.sum(b_n, 0)
-    b_m2 = tl.zeros([BT, BC], tl.float32)
-    for i_t in range(0, parts, BT):
-        o_t = i_t + tl.arange(0, BT)
-        m_t = (o_t < parts)[:, None] & (o_c < C)[None, :]
-        b_count = tl.where(o_t < parts, tl.minimum(size - o_t % tiles * BP, BP), 0).to(tl.float32)
-        o_m = o_t.to(tl.int64)[:, None] * (2 * C) + o_c[None, :]
-        b_d = tl.where(m_t, tl.load(partial + o_m, mask=m_t, other=0.0) - b_mean[None, :], 0.0)
-        b_m2 += tl.load(partial + o_m + C, mask=m_t, other=0.0) + b_d * b_d * b_count[:, None]
-    tl.store(stats + o_c, b_mean, mask=o_c < C)
-    tl.store(stats + C + o_c, tl.sum(b_m2, 0), mask=o_c < C)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -553,7 +523,7 @@ PROGRAMS = 132
 START = 4
 # What has no product: as the tiles above.
 FLAT = Tile(32, 64, 64, 4, 2, 255)
-# Parts and elements at a time of the kernels that add: few parts of many elements, as of a weight, or the other way.
+# Parts and elements at a time of the kernel that adds: few parts of many elements, as of a weight, or the other way.
 FEW, MANY = (16, 128), (256, 16)
 # Pixels by channels from which on a Gram matrix is less work than a pass over the hidden map.
 GRAM_PIXELS = 8
@@ -641,8 +611,106 @@ def run_length(programs: int, steps: int) -> int:
     return triton.cdiv(steps, min(range(1, most + 1), key=cost))
 
 
+def launches(
+    image: Tensor,
+    hidden: int,
+    channels_out: int,
+    *,
+    stride: int = 1,
+    batch: tuple[bool, bool, bool] = (True, True, True),
+    low: bool = False,
+) -> dict[str, tuple[str, ...]]:
+    """What the op launches on a GPU, in order: ``fwd`` in training, ``bwd`` after it, and ``infer``.
+
+    Kernels have the names that a profiler shows, torch's operations theirs, ``aten::...``. This is for one process and
+    a dense image and gradient; what lies otherwise is copied first.
+
+    Args:
+        image: ``[B, C, H, W]``; a meta tensor will do.
+        hidden: E.
+        channels_out: O.
+        stride: of the depthwise convolution.
+        batch: which norms take the statistics of the batch. With none of them the forward is ``infer`` where nothing
+            is to be learned.
+        low: the expansion is computed again in the backward.
+    """
+    size = [triton.cdiv(side, stride) for side in image.shape[2:]]
+    layout = torch.channels_last if image.stride(1) == 1 else torch.contiguous_format
+
+    def map_of(channels: int, size: list[int] | torch.Size) -> Tensor:
+        shape = image.shape[0], channels, *size
+        return torch.empty(shape, dtype=image.dtype, device="meta", memory_format=layout)
+
+    def add_up(grad: Tensor, image: Tensor) -> tuple[str, ...]:
+        """The gradient of a weight, in one part or more."""
+        rows = _rows(grad, image)
+        parts = _weight_setting(rows, kind_of(rows, grad, image), grad.shape[1], image.shape[1])[3]
+        return (weight, add) if parts > 1 else (weight,)
+
+    kernel = "inverted_bottleneck_{}_kernel".format
+    weight, add = kernel("bwd_weight"), kernel("sum")
+    x, y1 = map_of(image.shape[1], image.shape[2:]), map_of(hidden, image.shape[2:])
+    y2, y3 = map_of(hidden, size), map_of(channels_out, size)
+    products = kernel("fwd"), "bn_relu6_dw_fwd_kernel", kernel("fwd")
+    joins = "batch_norm_join_kernel", "bn_relu6_dw_moments_kernel", "batch_norm_join_kernel"
+    forward = [] if all(batch) else ["batch_norm_fwd_kernel"]
+    for product, join, on in zip(products, joins, batch, strict=True):
+        forward += [product, join] if on else [product]
+    gram = _gram(x)
+    return {
+        "fwd": (*forward, kernel("apply")),
+        "bwd": (
+            *([kernel("fwd")] if low else []),
+            *(kernel("reduce"), "batch_norm_bwd_kernel"),
+            *(kernel("apply"), kernel("bwd_hidden"), "batch_norm_bwd_kernel", *add_up(y3, y2)),
+            *("bn_relu6_dw_bwd_kernel", "bn_relu6_dw_sums_kernel"),
+            *(_gram_launches(x, add_up(x, x)) if gram else (kernel("apply"), kernel("bwd_image"), *add_up(y1, x))),
+        ),
+        "infer": ("batch_norm_fwd_kernel", *products),
+    }
+
+
+def _gram(image: Tensor) -> bool:
+    """There are so many pixels that a Gram matrix is the shorter way."""
+    return image.shape[0] * image.shape[2] * image.shape[3] >= GRAM_PIXELS * image.shape[1]
+
+
+def _gram_launches(image: Tensor, gram: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the last stage; ``gram`` are those of the matrix."""
+    weight, add, last = (f"inverted_bottleneck_{name}_kernel" for name in ("bwd_weight", "sum", "bwd_image"))
+    centred = image.dtype == torch.float32
+    cast = () if centred else ("aten::_to_copy",)
+    of_matrix, of_sums = (), ("aten::sum", "aten::mul", "aten::add_")
+    of_vector = ()
+    if not centred:
+        of_matrix, of_sums = ("aten::addr_",), ()
+        of_vector = "aten::_to_copy", "aten::mm", "aten::mul", "aten::sub_"
+    middle = "aten::_to_copy", "aten::mv", "aten::sub", "aten::_to_copy", "aten::mul", "aten::add", "aten::_to_copy"
+    scale = "aten::linalg_vector_norm", "aten::clamp_min", "aten::div", "aten::mul"
+    return (
+        *("aten::mean", *cast, *middle, *gram, *of_matrix),
+        *(weight, "aten::mul", *of_sums, "aten::mm", "aten::stack", add),
+        *(*scale, *cast, "aten::mm", "aten::mm", *of_vector, "aten::stack", "aten::mul", *cast, last),
+    )
+
+
 def _device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+class Seen(NamedTuple):
+    """What a stage makes of the mean and M2 of what it writes: ``stats``, or the ``vectors`` of the norm behind it."""
+
+    stats: Tensor | None
+    vectors: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def _seen(*arguments: Tensor | float | None) -> Seen | None:
+    seen = Seen(*arguments)
+    return None if seen.stats is None and seen.vectors is None else seen
 
 
 def _fwd(
@@ -650,7 +718,7 @@ def _fwd(
     affine: Tensor | None,
     weight: Tensor,
     out: Tensor,
-    stats: Tensor | None,
+    seen: Seen | None,
     norm: str = "none",
     affine_out: Tensor | None = None,
     residual: Tensor | None = None,
@@ -664,7 +732,7 @@ def _fwd(
     tiles = rows.tiles(tile.BP)
     parts = rows.images * tiles
     partial = None
-    if stats is not None:
+    if seen is not None:
         partial = torch.empty((parts, 2, channels_out), dtype=torch.float32, device=out.device)
     inverted_bottleneck_fwd_kernel[(parts * triton.cdiv(channels_out, tile.BO),)](
         *(image, _given(affine, out), weight, _given(affine_out, out), residual, out, _given(partial, out)),
@@ -676,23 +744,15 @@ def _fwd(
         BK=tile.BK,
         LAST=rows.last,
         ACTIVATE=affine is not None,
-        STATS=stats is not None,
+        STATS=seen is not None,
         NORM=norm,
         PRECISION=_precision(image),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,
     )
-    if stats is not None:
-        count, width = MANY
-        inverted_bottleneck_moments_kernel[(triton.cdiv(channels_out, width),)](
-            *(partial, stats, parts, rows.size, tiles),
-            C=channels_out,
-            BP=tile.BP,
-            BC=width,
-            BT=count,
-            num_warps=8,
-        )
+    if seen is not None:
+        batch_norm.join(partial, rows.size, tiles, tile.BP, *seen)
 
 
 def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -734,29 +794,38 @@ def _sum(partial: Tensor, total: Tensor, finish: tuple[Tensor, Tensor, Tensor] |
     )
 
 
+def _weight_setting(rows: Rows, kind: str, channels_out: int, channels: int) -> tuple[Tile, int, int, int]:
+    """The tile of a weight's gradient, the programs of a part, the tiles that one adds up, and the parts."""
+    tile = setting_of(kind, channels_out, channels).weight
+    programs = triton.cdiv(channels, tile.BK) * triton.cdiv(channels_out, tile.BO)
+    steps = rows.images * rows.tiles(tile.BP)
+    run = run_length(programs, steps)
+    return tile, programs, run, triton.cdiv(steps, run)
+
+
 def _bwd_weight(
     grad: Tensor,
     image: Tensor,
     rows: Rows,
+    total: Tensor | None = None,
     affine: Tensor | None = None,
     centre: str = "none",
     mean: Tensor | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The parts of sum_p g a, ``[parts, O, C]``, and of sum_p g, ``[parts, O]``."""
+    """Into ``total``, ``[O, C]``, sum_p g a; without it its parts, ``[parts, O, C]``, and those of sum_p g."""
     channels, channels_out = image.shape[1], grad.shape[1]
     (grad, s_g), (image, s_x) = _as_rows(rows, grad), _as_rows(rows, image)
-    tile = setting_of(kind_of(rows, grad, image), channels_out, channels).weight
+    tile, programs, run, parts = _weight_setting(rows, kind_of(rows, grad, image), channels_out, channels)
     tiles = rows.tiles(tile.BP)
-    steps = rows.images * tiles
-    programs = triton.cdiv(channels, tile.BK) * triton.cdiv(channels_out, tile.BO)
-    run = run_length(programs, steps)
-    parts = triton.cdiv(steps, run)
-    partial = torch.empty((parts, channels_out, channels), dtype=torch.float32, device=grad.device)
-    total = partial.new_empty(parts, channels_out) if sums else None
+    if total is not None and parts == 1:
+        partial = total[None]
+    else:
+        partial = torch.empty((parts, channels_out, channels), dtype=torch.float32, device=grad.device)
+    apart = partial.new_empty(parts, channels_out) if sums else None
     inverted_bottleneck_bwd_weight_kernel[(programs * parts,)](
-        *(grad, image, _given(mean, grad), _given(affine, grad), partial, _given(total, grad)),
-        *(rows.size, tiles, steps, run, *s_g, *s_x),
+        *(grad, image, _given(mean, grad), _given(affine, grad), partial, _given(apart, grad)),
+        *(rows.size, tiles, rows.images * tiles, run, *s_g, *s_x),
         C=channels,
         O=channels_out,
         BP=tile.BP,
@@ -771,7 +840,9 @@ def _bwd_weight(
         num_stages=tile.stages,
         maxnreg=tile.registers,
     )
-    return partial, total
+    if total is not None and parts > 1:
+        _sum(partial, total)
+    return partial, apart
 
 
 def _bwd_image(
@@ -813,23 +884,52 @@ def _bwd_image(
 # ---- stages: each fills its outputs, which come last -------------------------------------------------------------
 
 
-def inverted_bottleneck_expand_fwd(x: Tensor, w1: Tensor, y1: Tensor, stats1: Tensor | None) -> None:
-    """``y1`` ``[B, E, H, W]`` = W1 x with W1 ``[E, C]``, and its mean and sum of squared distances, ``[2, E]``."""
+def inverted_bottleneck_expand_fwd(
+    x: Tensor,
+    w1: Tensor,
+    y1: Tensor,
+    stats1: Tensor | None,
+    vectors1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps1: float = 0.0,
+) -> None:
+    """``y1`` ``[B, E, H, W]`` = W1 x with W1 ``[E, C]``; its mean and sum of squared distances, ``[2, E]``, or BN1's
+    vectors, ``[5, E]``."""
     with _device_of(x):
-        _fwd(x, None, w1, y1, stats1)
+        _fwd(x, None, w1, y1, _seen(stats1, vectors1, weight1, bias1, eps1))
 
 
 def inverted_bottleneck_depthwise_fwd(
-    y1: Tensor, affine1: Tensor, wd: Tensor, stride: int, y2: Tensor, stats2: Tensor | None
+    y1: Tensor,
+    affine1: Tensor,
+    wd: Tensor,
+    stride: int,
+    y2: Tensor,
+    stats2: Tensor | None,
+    vectors2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
+    eps2: float = 0.0,
 ) -> None:
-    """``y2`` ``[B, E, h, w]`` = Wd * relu6(v1) with Wd ``[E, k, k]``, and its moments."""
-    torch.ops.fusekern_cuda.bn_relu6_dw_fwd(y1, affine1, wd, stride, y2, stats2)
+    """``y2`` ``[B, E, h, w]`` = Wd * relu6(v1) with Wd ``[E, k, k]``, and its moments or BN2's vectors."""
+    torch.ops.fusekern_cuda.bn_relu6_dw_fwd(y1, affine1, wd, stride, y2, stats2, vectors2, weight2, bias2, eps2)
 
 
-def inverted_bottleneck_project_fwd(y2: Tensor, affine2: Tensor, w3: Tensor, y3: Tensor, stats3: Tensor | None) -> None:
-    """``y3`` ``[B, O, h, w]`` = W3 relu6(v2) with W3 ``[O, E]``, and its moments."""
+def inverted_bottleneck_project_fwd(
+    y2: Tensor,
+    affine2: Tensor,
+    w3: Tensor,
+    y3: Tensor,
+    stats3: Tensor | None,
+    vectors3: Tensor | None = None,
+    weight3: Tensor | None = None,
+    bias3: Tensor | None = None,
+    eps3: float = 0.0,
+) -> None:
+    """``y3`` ``[B, O, h, w]`` = W3 relu6(v2) with W3 ``[O, E]``, and its moments or BN3's vectors."""
     with _device_of(y2):
-        _fwd(y2, affine2, w3, y3, stats3)
+        _fwd(y2, affine2, w3, y3, _seen(stats3, vectors3, weight3, bias3, eps3))
 
 
 def inverted_bottleneck_residual_fwd(y3: Tensor, affine3: Tensor, x: Tensor | None, out: Tensor) -> None:
@@ -861,8 +961,19 @@ def inverted_bottleneck_infer(
         _fwd(y2, affine2, w3, out, None, "residual" if residual else "affine", affine3, x if residual else None)
 
 
-def inverted_bottleneck_output_bwd(g: Tensor, y3: Tensor, mean3: Tensor, sums3: Tensor) -> None:
-    """``sums3`` ``[2, O]``: sum g and sum g (y3 - mean3)."""
+def inverted_bottleneck_output_bwd(
+    g: Tensor,
+    y3: Tensor,
+    mean3: Tensor,
+    sums3: Tensor,
+    coef3: Tensor | None = None,
+    dweight3: Tensor | None = None,
+    vectors3: Tensor | None = None,
+    weight3: Tensor | None = None,
+    eps3: float = 0.0,
+    batch3: bool = True,
+) -> None:
+    """``sums3`` ``[2, O]``: sum g and sum g (y3 - mean3); of them BN3's ``coef3`` and ``dweight3``."""
     rows = _rows(y3)
     pixels, channels = FLAT[:2]
     tiles = rows.tiles(pixels)
@@ -882,7 +993,8 @@ def inverted_bottleneck_output_bwd(g: Tensor, y3: Tensor, mean3: Tensor, sums3: 
             num_stages=FLAT.stages,
             maxnreg=FLAT.registers,
         )
-        _sum(partial, sums3)
+        count = rows.images * rows.size
+        batch_norm.add(partial, count, sums3, coef3, dweight3, vectors3, weight3, eps3, batch3)
 
 
 def inverted_bottleneck_project_bwd(
@@ -896,8 +1008,15 @@ def inverted_bottleneck_project_bwd(
     dz: Tensor,
     dw3: Tensor,
     sums2: Tensor,
+    coef2: Tensor | None = None,
+    dweight2: Tensor | None = None,
+    vectors2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    eps2: float = 0.0,
+    batch2: bool = True,
 ) -> None:
-    """``dz`` = mask(v2) W3^T dy3, ``dw3`` = dy3 relu6(v2)^T, and ``sums2`` of dz; dy3 is that of BN3's backward."""
+    """``dz`` = mask(v2) W3^T dy3, ``dw3`` = dy3 relu6(v2)^T, and ``sums2`` of dz with BN2's coef; dy3 is that of BN3's
+    backward."""
     rows = _rows(y2, y3, dz)
     with _device_of(y2):
         # Written once: as the operand of two products each of its tiles is read some dozens of times.
@@ -922,8 +1041,9 @@ def inverted_bottleneck_project_bwd(
             num_stages=tile.stages,
             maxnreg=tile.registers,
         )
-        _sum(partial, sums2)
-        _sum(_bwd_weight(dy3, y2, rows, affine=affine2)[0], dw3)
+        count = rows.images * rows.size
+        batch_norm.add(partial, count, sums2, coef2, dweight2, vectors2, weight2, eps2, batch2)
+        _bwd_weight(dy3, y2, rows, dw3, affine=affine2)
 
 
 def inverted_bottleneck_depthwise_bwd(
@@ -938,9 +1058,17 @@ def inverted_bottleneck_depthwise_bwd(
     d: Tensor,
     dwd: Tensor,
     sums1: Tensor,
+    coef1: Tensor | None = None,
+    dweight1: Tensor | None = None,
+    vectors1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    eps1: float = 0.0,
+    batch1: bool = True,
 ) -> None:
-    """``d`` = mask(v1) (Wd^T * dy2), the gradient ``dwd`` of Wd, and ``sums1`` of d; dy2 is that of BN2's backward."""
-    torch.ops.fusekern_cuda.bn_relu6_dw_bwd(dz, y2, coef2, y1, affine1, mean1, wd, stride, d, dwd, sums1)
+    """``d`` = mask(v1) (Wd^T * dy2), the gradient ``dwd`` of Wd, and ``sums1`` of d with BN1's coef; dy2 is that of
+    BN2's backward."""
+    maps = dz, y2, coef2, y1, affine1, mean1, wd, stride, d, dwd, sums1
+    torch.ops.fusekern_cuda.bn_relu6_dw_bwd(*maps, coef1, dweight1, vectors1, weight1, eps1, batch1)
 
 
 def inverted_bottleneck_expand_bwd(
@@ -964,11 +1092,11 @@ def inverted_bottleneck_expand_bwd(
     pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
     rows = _rows(d, dx)
     with _device_of(d):
-        if pixels < GRAM_PIXELS * channels:
+        if not _gram(x):
             dy1 = torch.empty_like(d)
             _apply("gradient", d, y1, coef1, dy1)
             _bwd_image(dy1, w1, g, dx)
-            _sum(_bwd_weight(dy1, x, rows)[0], dw1)
+            _bwd_weight(dy1, x, rows, dw1)
             return
         x = _as_rows(rows, x)[0]
         p, q, r, mean = coef1
@@ -979,9 +1107,8 @@ def inverted_bottleneck_expand_bwd(
         middle = middle.float()
         # Of 16 bits the products are exact, and the mean is taken away from their sums; of 32 from the operands.
         centred = x.dtype == torch.float32
-        gram, _ = _bwd_weight(x, x, rows, centre="both" if centred else "none", mean=middle)
-        matrix = torch.empty_like(gram[0])
-        _sum(gram, matrix)
+        matrix = middle.new_empty(channels, channels)
+        _bwd_weight(x, x, rows, matrix, centre="both" if centred else "none", mean=middle)
         if not centred:
             matrix.addr_(middle, middle, alpha=-pixels)
         partial, sums = _bwd_weight(d, x, rows, centre="image" if centred else "none", mean=middle, sums=centred)
@@ -991,8 +1118,7 @@ def inverted_bottleneck_expand_bwd(
         # cuBLAS for what has no pixels in it.
         _sum(partial, dw1, (wide @ matrix, torch.stack((p, q, outer)), middle))
         # q is small where pixels are many: apart, it would be lost in 16 bits.
-        scale = q.abs().amax()
-        scale = torch.where(scale > 0, scale, 1)
+        scale = torch.linalg.vector_norm(q, torch.inf).clamp_min(torch.finfo(q.dtype).tiny)
         matrix = ((q / scale)[:, None] * wide).to(w1.dtype).t() @ w1
         vector = u @ wide
         if not centred:
@@ -1015,8 +1141,7 @@ def compile_cases() -> Iterator[Case]:
         yield _case("reduce", inverted_bottleneck_reduce_kernel, dtype, FLAT, C, layout)
     for C in (512, 200):
         few, many = Tile(0, 0, 0, 4, 3), Tile(128, 0, 0, 8, 3)
-        widths = {"BT": MANY[0], "BS": MANY[1], "BC": MANY[1]}
-        yield _case("moments", inverted_bottleneck_moments_kernel, "bf16", many, C, **widths)
+        widths = {"BT": MANY[0], "BS": MANY[1]}
         for finish in (False, True):
             name = "sum finish" if finish else "sum"
             yield _case(f"{name} few", inverted_bottleneck_sum_kernel, "bf16", few, C, FINISH=finish)
@@ -1035,7 +1160,12 @@ def _cases(name: str, dtype: str, setting: Setting, C: int, layout: str) -> Iter
     yield case("bwd image", inverted_bottleneck_bwd_image_kernel, setting.image)
     yield case("bwd image gram", inverted_bottleneck_bwd_image_kernel, setting.image, GRAM=True)
     yield case("bwd weight project", inverted_bottleneck_bwd_weight_kernel, setting.weight, ACTIVATE=True)
+    # Of few pixels: in one part, which has the weight's dtype.
+    kernel = inverted_bottleneck_bwd_weight_kernel
+    yield _case(f"bwd weight direct {name}", kernel, dtype, setting.weight, C, layout, out=dtype)
     centred = dtype in ("ieee", "tf32")
+    if not centred:
+        yield _case(f"bwd weight whole {name}", kernel, dtype, setting.weight, C, layout, out=dtype, ACTIVATE=True)
     centre = {"CENTRE": "image" if centred else "none", "SUMS": centred}
     yield case("bwd weight expand", inverted_bottleneck_bwd_weight_kernel, setting.weight, **centre)
     if centred:
@@ -1043,9 +1173,16 @@ def _cases(name: str, dtype: str, setting: Setting, C: int, layout: str) -> Iter
 
 
 def _case(
-    name: str, kernel: JITFunction, dtype: str, tile: Tile, C: int = 512, layout: str = "channels_last", **more: object
+    name: str,
+    kernel: JITFunction,
+    dtype: str,
+    tile: Tile,
+    C: int = 512,
+    layout: str = "channels_last",
+    out: str = "",
+    **more: object,
 ) -> Case:
-    """``more`` are constexprs that are not the usual ones."""
+    """``out`` and ``more``: a dtype and constexprs that are not the usual ones."""
     last = layout == "channels_last"
     fp32 = dtype in ("ieee", "tf32")
     unit = ("s_xc", "s_gc", "s_rc", "s_oc") if last else ("s_xp", "s_gp", "s_rp", "s_op")
@@ -1067,10 +1204,10 @@ def _case(
         **more,
     }
     types = dict.fromkeys(("image", "weight", "residual", "out", "grad", "other", "matrix", "total"), "bf16")
-    if kernel is inverted_bottleneck_bwd_weight_kernel:
+    if kernel is inverted_bottleneck_bwd_weight_kernel and not out:
         types["out"] = "fp32"
     types = {key: "*fp32" if fp32 or value == "fp32" else f"*{dtype}" for key, value in types.items()}
-    numbers = ("affine", "affine_out", "partial", "mean", "vectors", "stats", "sums", "product")
+    numbers = ("affine", "affine_out", "partial", "mean", "vectors", "sums", "product")
     types |= dict.fromkeys(numbers, "*fp32")
     params = [param for param in kernel.params if param.name not in constexprs]
     odd = "s_" if not last or C % 16 else "none"

@@ -25,6 +25,7 @@ from bench import (
 )
 from bench.case import LAYOUTS, Shape, lay_out, make
 from bench.timing import Burst, Ceilings, interleaved, rotation
+from fusekern.backends import BACKENDS
 
 MODULES = {
     module.CASES[0].op: module
@@ -282,6 +283,19 @@ def test_engines_compute_the_same(engine, case):
         call = peers.build(engine, case, shape, tensors, layout == "channels_last", "reference").call
         expected = case.reference(shape, *tensors.values())
         torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(BACKENDS["cpp"].missing), reason=BACKENDS["cpp"].missing)
+def test_the_depthwise_stages_by_themselves(tmp_path):
+    """Their kernel is judged, and timed beside the convolution alone and with norm and ReLU6."""
+    out, peers_of = tmp_path / "found.json", ["eager", "eager-convolution"]
+    options = ["--quick", "--seconds-a-pass", "0.01", "--shapes", "1,16,9,5", "--peers", *peers_of, "--out", str(out)]
+    assert common.main([inverted_bottleneck.Depthwise()], options) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(LAYOUTS)
+    for row in rows:
+        assert row["backend"] == "cpp" and not row["wrong"] and not row["not"]
+        assert all(set(row["ratio"][which]) == set(peers_of) for which in common.PASSES)
 
 
 def test_an_engine_that_is_not_installed_is_said(monkeypatch):

@@ -1,11 +1,18 @@
 """Batch norm as per-channel vectors, which is all of it that a fused kernel needs.
 
 A kernel applies ``v = scale y + shift``, tells mean and M2 (the sum of squared deviations) of what it wrote, and in the
-backward the sums of dv and of dv (y - mean). Between the kernels stands what this file has, on vectors of length c.
+backward the sums of dv and of dv (y - mean). What becomes of these is for vectors of length c, which are fp32:
+
+``vectors`` ``[5, c]``: scale and shift (``affine``), mean, biased and unbiased variance.
+``coef`` ``[4, c]``: p, q, r and mean, with dy = p dv + q (y - mean) + r.
+
+The stage that ends with mean and M2, or with the sums, makes them. This file has what no stage can: norms by running
+statistics, and statistics over the processes of a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,40 +33,47 @@ class Norm(NamedTuple):
     batch: bool
 
 
-def forward_of(norm: Norm, stats: Tensor | None, count: int, group: str, backend: str) -> tuple[Tensor, Tensor]:
-    """What the norm normalises by, and how.
+def new_vectors(like: Tensor, rows: int, channels: int) -> Tensor:
+    """Uninitialised, but for a map without a pixel: no stage runs there, and its sums are 0."""
+    return (like.new_empty if like.numel() else like.new_zeros)(rows, channels, dtype=torch.float32)
+
+
+def own_parts(norm: Norm, backend: str) -> Norm:
+    """A norm whose tensors a backend's kernels can read."""
+    return Norm(*(None if part is None else _readable(part, backend) for part in norm[:4]), *norm[4:])
+
+
+def _readable(part: Tensor, backend: str) -> Tensor:
+    # In C++ they have one dtype.
+    return (part.float() if backend == "cpp" else part).contiguous()
+
+
+def fill_vectors(norms: Sequence[Norm | None], vectors: Sequence[Tensor], backend: str) -> None:
+    """``vectors`` of three norms at once, from running statistics or, if ``batch``, from the moments in them."""
+    arguments = []
+    for norm, of in zip(norms, vectors, strict=True):
+        if norm is None:
+            arguments += (None, None, None, None, 0.0, None)
+        else:
+            seen = (None, None) if norm.batch else (norm.mean, norm.var)
+            arguments += (*seen, norm.weight, norm.bias, norm.eps, of)
+    launch(backend, "batch_norm", "fwd", *arguments)
+
+
+def over_processes(stats: Tensor, count: int, group: str, vectors: Tensor) -> None:
+    """The moments over all processes by Chan's rule, into ``vectors``: the same bits in each of them.
 
     Args:
-        norm: whose running statistics count if it has no batch statistics.
         stats: mean and M2 of this process' ``count`` values, ``[2, c]``.
         count: values a channel.
-        group: name of the process group over whose batches the statistics are, or empty.
-        backend: whose kernels compute it.
-
-    Returns:
-        ``moments`` ``[3, c]``: mean, biased and unbiased variance; ``affine`` ``[2, c]``: scale and shift. Both fp32.
+        group: name of the process group.
+        vectors: ``[5, c]``, of which this fills the last three.
     """
-    if norm.batch and group:
-        moments = _over_processes(stats, count, group)
-        return moments, affine_of(norm, moments, backend)
-    mean, var = (None, None) if norm.batch else (_fp32(norm.mean), _fp32(norm.var))
-    like = stats if norm.batch else mean
-    moments, affine = like.new_empty(3, like.shape[-1]), like.new_empty(2, like.shape[-1])
-    parameters = _fp32(norm.weight), _fp32(norm.bias), norm.eps
-    launch(backend, "batch_norm", "fwd", stats if norm.batch else None, count, mean, var, *parameters, moments, affine)
-    return moments, affine
-
-
-def affine_of(norm: Norm, moments: Tensor, backend: str) -> Tensor:
-    """``affine`` once more, from the moments."""
-    affine = torch.empty_like(moments[:2])
-    parameters = _fp32(norm.weight), _fp32(norm.bias), norm.eps
-    launch(backend, "batch_norm", "fwd", None, 0, None, None, *parameters, moments, affine)
-    return affine
-
-
-def _fp32(part: Tensor | None) -> Tensor | None:
-    return part if part is None else part.float().contiguous()
+    means, m2s, counts = _gathered(stats, count, group).unbind(1)  # [processes, c] each
+    total = counts.sum(0)
+    mean = (means * counts).sum(0) / total
+    m2 = (m2s + counts * (means - mean) ** 2).sum(0)
+    vectors[2:].copy_(torch.stack((mean, m2 / total, m2 / (total - 1).clamp_min(1))))
 
 
 def _gathered(vectors: Tensor, count: int, group: str) -> Tensor:
@@ -71,28 +85,14 @@ def _gathered(vectors: Tensor, count: int, group: str) -> Tensor:
     return torch.stack(parts)
 
 
-def _over_processes(stats: Tensor, count: int, group: str) -> Tensor:
-    """The moments over all processes by Chan's rule: the same bits in each of them."""
-    means, m2s, counts = _gathered(stats, count, group).unbind(1)  # [processes, c] each
-    total = counts.sum(0)
-    mean = (means * counts).sum(0) / total
-    m2 = (m2s + counts * (means - mean) ** 2).sum(0)
-    return torch.stack((mean, m2 / total, m2 / (total - 1).clamp_min(1))).float()
-
-
 def backward_of(
-    norm: Norm, moments: Tensor, sums: Tensor, count: int, group: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From ``sums`` ``[2, c]`` of dv and dv (y - mean) to ``coef`` and the gradients of weight and bias, fp32.
-
-    ``coef`` ``[4, c]`` holds p, q, r and mean, with dy = p dv + q (y - mean) + r. The gradients of weight and bias are
-    those of this process' batch, as of any parameter under DDP.
-    """
+    norm: Norm, vectors: Tensor, sums: Tensor, count: int, group: str, backend: str, coef: Tensor, dweight: Tensor
+) -> None:
+    """From ``sums`` ``[2, c]`` of dv and dv (y - mean) of this process to ``coef`` and ``dweight``, the weight's
+    gradient, which is that of this process' batch, as of any parameter under DDP."""
     means = None
-    if norm.batch and group:
+    if norm.batch:
         means, total = _gathered(sums, count, group).sum(0).split((2, 1))
         means = (means / total).float()
-    coef, dweight = moments.new_empty(4, moments.shape[1]), moments.new_empty(moments.shape[1])
-    weight = _fp32(norm.weight)
-    launch(backend, "batch_norm", "bwd", moments, sums, means, count, weight, norm.eps, norm.batch, coef, dweight)
-    return coef, dweight, sums[0]
+    settings = vectors, norm.weight, norm.eps, norm.batch
+    launch(backend, "batch_norm", "bwd", sums, means, count, *settings, coef, dweight)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import BACKENDS, register, resolve
-from fusekern.ops._batch_norm import Norm, affine_of, backward_of, forward_of
+from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, own_parts
 from fusekern.ops._check import check_alike, check_choice, check_shape
 from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
 from fusekern.ops._limits import cpp_dtypes, triton_dtypes
@@ -138,15 +138,16 @@ def _strided(side: int, stride: int) -> int:
 # ---- kernels -----------------------------------------------------------------------------------------------------
 #
 # Between two batch norms lies a stage, for which a backend has a function. To it a norm is vectors of one number a
-# channel: `affine` [2, c] (v = scale y + shift), `stats` [2, c] (mean and M2 of what it wrote) and, in the backward,
-# `sums` [2, c] and `coef` [4, c]; fusekern/ops/_batch_norm.py says what they are. What all backends share stands here.
+# channel; fusekern/ops/_batch_norm.py says what they are. A stage that sums up for a norm also makes its `vectors`, or
+# in the backward its `coef` and the weight's gradient, unless the sums are to go over processes: then it gives `stats`,
+# or `sums` alone. What all backends share stands here.
 
 _NORMS = ", ".join(f"Tensor? {part}{i}" for i in (1, 2, 3) for part in ("weight", "bias", "mean", "var"))
 _SETTINGS = "float[] eps, bool[] batch, int stride, bool residual"
 
 
-def _norms_of(parts, eps, batch) -> tuple[Norm, Norm, Norm]:
-    return tuple(Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]) for i in range(3))
+def _norms_of(parts, eps, batch, backend) -> tuple[Norm, Norm, Norm]:
+    return tuple(own_parts(Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]), backend) for i in range(3))
 
 
 def _matrices(expand: Tensor, depthwise: Tensor, project: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,10 +164,6 @@ def _outputs(image: Tensor, hidden: int, channels: int, stride: int) -> tuple[Te
 
 def _pixels(tensor: Tensor) -> int:
     return tensor.shape[0] * tensor.shape[2] * tensor.shape[3]
-
-
-def _vectors(like: Tensor, rows: int, channels: int) -> Tensor:
-    return like.new_zeros(rows, channels, dtype=torch.float32)
 
 
 def _kept(image: Tensor, y1: Tensor, y2: Tensor, y3: Tensor, learning: bool, low: bool) -> tuple[Tensor, ...]:
@@ -193,29 +190,36 @@ def _stages(backend: str, image: Tensor) -> Callable[..., None]:
 )
 def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     *parts, eps, batch, stride, residual, learning, low, group, backend = rest
-    norms = _norms_of(parts, eps, batch)
+    norms = _norms_of(parts, eps, batch, backend)
     w1, wd, w3 = _matrices(expand, depthwise, project)
     out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
     run = _stages(backend, image)
+    vectors = [new_vectors(image, 5, y.shape[1]) for y in (y1, y2, y3)]
+    if not all(batch):
+        fill_vectors([None if norm.batch else norm for norm in norms], vectors, backend)
+    affine = [of[:2] for of in vectors]
     if not learning and not any(batch):
-        first, second, third = (forward_of(norm, None, 0, "", backend)[1] for norm in norms)
-        run("infer", image, w1, first, wd, second, w3, third, stride, residual, out)
+        run("infer", image, w1, affine[0], wd, affine[1], w3, affine[2], stride, residual, out)
         return (out, *(image.new_empty(0) for _ in range(6)))
-    moments = []
 
-    def affine(norm: Norm, y: Tensor, stats: Tensor | None) -> Tensor:
-        seen, found = forward_of(norm, stats, _pixels(y), group, backend)
-        moments.append(seen)
-        return found
+    def run_before(i: int, stage: str, *arguments: object) -> None:
+        """A stage whose result, the last of the arguments, norm i sees."""
+        norm, y = norms[i], arguments[-1]
+        if not norm.batch:
+            run(stage, *arguments, None)
+        elif not group:
+            run(stage, *arguments, None, vectors[i], norm.weight, norm.bias, norm.eps)
+        else:
+            stats = new_vectors(image, 2, y.shape[1])
+            run(stage, *arguments, stats)
+            over_processes(stats, _pixels(y), group, vectors[i])
+            fill_vectors([norm if other == i else None for other in range(3)], vectors, backend)
 
-    stats = [
-        _vectors(image, 2, y.shape[1]) if norm.batch else None for norm, y in zip(norms, (y1, y2, y3), strict=True)
-    ]
-    run("expand_fwd", image, w1, y1, stats[0])
-    run("depthwise_fwd", y1, affine(norms[0], y1, stats[0]), wd, stride, y2, stats[1])
-    run("project_fwd", y2, affine(norms[1], y2, stats[1]), w3, y3, stats[2])
-    run("residual_fwd", y3, affine(norms[2], y3, stats[2]), image if residual else None, out)
-    return (out, *_kept(image, y1, y2, y3, learning, low), *moments)
+    run_before(0, "expand_fwd", image, w1, y1)
+    run_before(1, "depthwise_fwd", y1, affine[0], wd, stride, y2)
+    run_before(2, "project_fwd", y2, affine[1], w3, y3)
+    run("residual_fwd", y3, affine[2], image if residual else None, out)
+    return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
 
 @_inverted_bottleneck.register_fake
@@ -224,20 +228,20 @@ def _(image, expand, depthwise, project, *rest):
     out, y1, y2, y3 = _outputs(image, expand.shape[0], project.shape[0], stride)
     if not learning and not any(batch):
         return (out, *(image.new_empty(0) for _ in range(6)))
-    moments = [_vectors(image, 3, y.shape[1]) for y in (y1, y2, y3)]
-    return (out, *_kept(image, y1, y2, y3, learning, low), *moments)
+    vectors = [image.new_empty(5, y.shape[1], dtype=torch.float32) for y in (y1, y2, y3)]
+    return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
 
 @torch.library.custom_op(
     "fusekern::inverted_bottleneck_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor image, Tensor expand, Tensor depthwise, Tensor project, Tensor y1, Tensor y2, "
-    f"Tensor y3, Tensor moments1, Tensor moments2, Tensor moments3, {_NORMS}, {_SETTINGS}, str group, str backend) "
+    f"Tensor y3, Tensor vectors1, Tensor vectors2, Tensor vectors3, {_NORMS}, {_SETTINGS}, str group, str backend) "
     f"-> ({', '.join(['Tensor'] * 10)})",
 )
 def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
-    *moments, eps, batch, stride, residual, group, backend = rest
-    moments, norms = moments[:3], _norms_of(moments[3:], eps, batch)
+    *vectors, eps, batch, stride, residual, group, backend = rest
+    vectors, norms = vectors[:3], _norms_of(vectors[3:], eps, batch, backend)
     w1, wd, w3 = _matrices(expand, depthwise, project)
     weight_like = torch.empty_like if image.numel() else torch.zeros_like
     dimage, dw1, dwd, dw3 = empty_image(image), *map(weight_like, (w1, wd, w3))
@@ -245,25 +249,32 @@ def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y
     if not y1.numel():  # memory was low
         y1 = empty_image(image, w1.shape[0])
         run("expand_fwd", image, w1, y1, None)
-    vectors = []
+    learned = []
 
-    def coef(i: int, y: Tensor, sums: Tensor) -> Tensor:
-        found, dweight, dbias = backward_of(norms[i], moments[i], sums, _pixels(y), group, backend)
-        vectors.extend((dbias, dweight))
-        return found
+    def run_before(i: int, y: Tensor, stage: str, *arguments: object) -> Tensor:
+        """A stage that ends with the sums of norm i, whose ``coef`` this returns; y is what the norm saw."""
+        norm, width = norms[i], y.shape[1]
+        sums, coef = new_vectors(image, 2, width), new_vectors(image, 4, width)
+        dweight = coef.new_empty(width)
+        if group:
+            run(stage, *arguments, sums)
+            backward_of(norm, vectors[i], sums, _pixels(y), group, backend, coef, dweight)
+        else:
+            run(stage, *arguments, sums, coef, dweight, vectors[i], norm.weight, norm.eps, norm.batch)
+        learned.extend((sums[0], dweight))
+        return coef
 
-    sums1, sums2, sums3 = (_vectors(image, 2, y.shape[1]) for y in (y1, y2, y3))
-    run("output_bwd", grad, y3, moments[2][0], sums3)
+    coef = run_before(2, y3, "output_bwd", grad, y3, vectors[2][2])
     dz = torch.empty_like(y2)
-    affine2 = affine_of(norms[1], moments[1], backend)
-    run("project_bwd", grad, y3, coef(2, y3, sums3), y2, affine2, moments[1][0], w3, dz, dw3, sums2)
+    norm = vectors[1][:2], vectors[1][2]
+    coef = run_before(1, y2, "project_bwd", grad, y3, coef, y2, *norm, w3, dz, dw3)
     d = torch.empty_like(y1)
-    affine1 = affine_of(norms[0], moments[0], backend)
-    run("depthwise_bwd", dz, y2, coef(1, y2, sums2), y1, affine1, moments[0][0], wd, stride, d, dwd, sums1)
+    norm = vectors[0][:2], vectors[0][2]
+    coef = run_before(0, y1, "depthwise_bwd", dz, y2, coef, y1, *norm, wd, stride, d, dwd)
     del dz
-    run("expand_bwd", d, y1, coef(0, y1, sums1), image, w1, grad if residual else None, dimage, dw1)
+    run("expand_bwd", d, y1, coef, image, w1, grad if residual else None, dimage, dw1)
     weights = dw1.view(expand.shape), dwd.view(depthwise.shape), dw3.view(project.shape)
-    return (dimage, *weights, *reversed(vectors))
+    return (dimage, *weights, *reversed(learned))
 
 
 @_inverted_bottleneck_backward.register_fake
@@ -276,7 +287,7 @@ def _(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
 def _setup_context(ctx, inputs, output):
     image, expand, depthwise, project, *parts = inputs[:16]
     ctx.eps, ctx.batch, ctx.stride, ctx.residual, _, _, ctx.group, ctx.backend = inputs[16:]
-    # The moments have what the running statistics had, which the caller may change until the backward.
+    # The vectors have what the running statistics had, which the caller may change until the backward.
     kept = [part for i in range(3) for part in (*parts[4 * i : 4 * i + 2], None, None)]
     ctx.save_for_backward(image, expand, depthwise, project, *output[1:], *kept)
     ctx.mark_non_differentiable(*output[1:])
@@ -408,13 +419,13 @@ def inverted_bottleneck(
     learning = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in learned)
     parts = [part for norm in norms for part in norm[:4]]
     eps, batch = [norm.eps for norm in norms], [norm.batch for norm in norms]
-    out, _, _, _, *moments = _inverted_bottleneck(
+    out, _, _, _, *vectors = _inverted_bottleneck(
         *(image, expand, depthwise, project, *parts),
         *(eps, batch, stride, residual, learning, memory == "low", group, chosen),
     )
     return out, tuple(
-        BatchStatistics(*seen[::2].to(_like(norm, image).dtype)) if norm.batch else None
-        for norm, seen in zip(norms, moments, strict=True)
+        BatchStatistics(*seen[2::2].to(_like(norm, image).dtype)) if norm.batch else None
+        for norm, seen in zip(norms, vectors, strict=True)
     )
 
 

@@ -3,16 +3,29 @@ test_cuda_tiles.py; where they are needed here without a device, a stand-in take
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from pathlib import Path
+from unittest.mock import Mock, patch
+
 import pytest
 import torch
 import torch.nn.functional as F
 from fusekern.kernels import inverted_bottleneck as kernels
 from layouts import lay_out
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from where import DEVICE, DTYPES, INTERPRETED
 
 from fusekern import extensions
+from fusekern.ops import BatchNorm
+from fusekern.ops.inverted_bottleneck import inverted_bottleneck_reference
 from fusekern.testing import assert_parity
+
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
+import stages_in_torch
+
+OP = import_module("fusekern.ops.inverted_bottleneck")  # the package has the function under this name
 
 CL, NCHW = "channels_last", "nchw"
 # batch, channels in, hidden, out, height, width, layout
@@ -201,6 +214,52 @@ def test_project_bwd(case, dtype):
     assert_sums(sums, truths[0], block.y2, block.mean2, dtype)
 
 
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[3]], ids=str)
+def test_stages_make_the_vectors_of_norms(case, learned):
+    """From the same sums as they tell."""
+    block = Block(case, torch.float16, offset=20)
+    wide, out = block.wide, len(block.w3)
+    pixels = block.x.numel() // block.x.shape[1]
+
+    def judge_forward(stage, y: Tensor, arguments: tuple[object, ...]) -> None:
+        channels = y.shape[1]
+        weight, bias = torch.randn(2, channels, device=DEVICE).half() if learned else (None, None)
+        stats, vectors = torch.empty(2, channels, device=DEVICE), torch.empty(5, channels, device=DEVICE)
+        stage(*arguments, y, stats)
+        stage(*arguments, y, None, vectors, weight, bias, 0.1)
+        mean, squares = stats.double()
+        scale = (squares / pixels + 0.1).rsqrt() * (weight.double() if learned else 1)
+        shift = (bias.double() if learned else 0) - mean * scale
+        truth = torch.stack((scale, shift, mean, squares / pixels, squares / max(pixels - 1, 1)))
+        torch.testing.assert_close(vectors.double(), truth, rtol=2e-6, atol=2e-6)
+
+    judge_forward(kernels.inverted_bottleneck_expand_fwd, torch.empty_like(block.y1), (block.x, block.w1))
+    project = block.y2, block.affine2, block.w3
+    judge_forward(kernels.inverted_bottleneck_project_fwd, torch.empty_like(block.y3), project)
+
+    def judge_backward(stage, channels: int, arguments: tuple[object, ...]) -> None:
+        vectors = torch.rand(5, channels, device=DEVICE) + 0.5
+        weight = torch.randn(channels, device=DEVICE) if learned else None
+        sums, alone, coef = (torch.empty(rows, channels, device=DEVICE) for rows in (2, 2, 4))
+        dweight = torch.empty(channels, device=DEVICE)
+        stage(*arguments, alone)
+        for batch in (True, False):
+            stage(*arguments, sums, coef, dweight, vectors, weight, 0.1, batch)
+            assert torch.equal(sums, alone)
+            rstd = (vectors[3].double() + 0.1).rsqrt()
+            p, means = rstd * (weight.double() if learned else 1), sums.double() / pixels
+            q, r = (-p * rstd**2 * means[1], -p * means[0]) if batch else (0 * p, 0 * p)
+            truth = torch.stack((p, q, r, vectors[2].double()))
+            torch.testing.assert_close(coef.double(), truth, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(dweight.double(), sums[1].double() * rstd, rtol=2e-6, atol=2e-6)
+
+    judge_backward(kernels.inverted_bottleneck_output_bwd, out, (block.g, block.y3, block.mean3))
+    arguments = block.g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3
+    grads = torch.empty_like(block.y2), torch.empty_like(block.w3)
+    judge_backward(kernels.inverted_bottleneck_project_bwd, wide, (*arguments, *grads))
+
+
 def expand_bwd(block: Block, x: Tensor, g: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     d, y1, w1, x = (tensor.to(dtype) for tensor in (block.d, block.y1, block.w1, x))
     if dtype == torch.float64:
@@ -277,22 +336,30 @@ def test_strides_of_input_and_gradient(layout, odd, dtype, monkeypatch):
 
 @pytest.fixture
 def depthwise():
-    """Without a device ``torch.ops.fusekern_cuda.bn_relu6_dw_fwd`` has a stand-in for a CPU."""
+    """Without a device the ops of ``torch.ops.fusekern_cuda`` have stand-ins for a CPU."""
     if not INTERPRETED:
         yield
         return
     library = torch.library.Library("fusekern_cuda", "FRAGMENT")
     if extensions.load("_C_cuda"):
         library.define(
-            "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats)"
-            " -> ()"
+            "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats, "
+            "Tensor(c!)? vectors=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.) -> ()"
+        )
+        library.define(
+            "bn_relu6_dw_bwd(Tensor dz, Tensor y2, Tensor coef, Tensor y1, Tensor affine, Tensor mean, Tensor weight, "
+            "int stride, Tensor(a!) d, Tensor(b!) dweight, Tensor(c!) sums, Tensor(d!)? coef1=None, "
+            "Tensor(e!)? norm_dweight=None, Tensor? vectors=None, Tensor? norm_weight=None, float eps=0., "
+            "bool batch=True) -> ()"
         )
 
-    def stand_in(y1, vectors, weight, stride, y2, stats):
-        a = y1 if vectors is None else F.relu6(affine(y1, vectors))
-        y2.copy_(F.conv2d(a, weight[:, None], stride=stride, padding=weight.shape[1] // 2, groups=len(weight)))
+    def forward(y1, vectors, weight, stride, y2, *seen):
+        if vectors is None:
+            vectors = torch.stack([torch.ones(len(weight)), torch.zeros(len(weight))])
+        stages_in_torch.depthwise_fwd(y1, vectors, weight, stride, y2, *seen)
 
-    library.impl("bn_relu6_dw_fwd", stand_in, "CPU")
+    library.impl("bn_relu6_dw_fwd", forward, "CPU")
+    library.impl("bn_relu6_dw_bwd", stages_in_torch.depthwise_bwd, "CPU")
     yield
     library._destroy()
 
@@ -398,3 +465,160 @@ def test_kinds():
     assert kernels.kind_of(kernels._rows(last), last.float()) == "ieee"
     odd = torch.empty(2, 20, 5, 6, device=DEVICE).to(memory_format=torch.channels_last)
     assert kernels.kind_of(kernels._rows(odd), odd) == "odd fp32"
+
+
+def op_of(block: Block, x: Tensor, kernel: int, stride: int, batch: tuple[bool, ...], dtype=torch.float32):
+    """Arguments of the op: image, weights, norms."""
+    wide, out = block.wide, len(block.w3)
+    wd = torch.randn(wide, 1, kernel, kernel, device=DEVICE).to(block.dtype) / kernel
+    norms = [
+        BatchNorm(
+            *((torch.randn(c, device=DEVICE) + shift).to(dtype) for shift in (0.5, 1, 0)),
+            (torch.rand(c, device=DEVICE) + 0.5).to(dtype),
+            *(1e-3, on),
+        )
+        for c, on in zip((wide, wide, out), batch, strict=True)
+    ]
+    return x, block.w1[:, :, None, None], wd, block.w3[:, :, None, None], tuple(norms)
+
+
+def run_op(arguments, grad: Tensor, backend: str, dtype: torch.dtype, memory: str = "default", **keywords):
+    """Result, statistics and gradients, in a dtype."""
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in arguments[:4]]
+    wide = torch.promote_types(dtype, torch.float32)
+    norms = []
+    for norm in arguments[4]:
+        own = dtype if norm.weight.dtype != torch.float32 else wide
+        leaves += [part.to(own).requires_grad_() for part in norm[:2]]
+        norms.append(BatchNorm(*leaves[-2:], norm.mean.to(own), norm.var.to(own), norm.eps, norm.batch))
+    if backend == "reference":
+        result, seen = inverted_bottleneck_reference(*leaves[:4], tuple(norms), **keywords)
+    else:
+        monkey = Mock(return_value=backend)  # resolve() looks for a device
+        with patch.object(OP, "resolve", monkey):
+            result, seen = OP.inverted_bottleneck(*leaves[:4], tuple(norms), memory=memory, **keywords)
+    gradients = torch.autograd.grad(result, leaves, grad.to(dtype))
+    return [result.detach(), *gradients, *(part for of in seen if of for part in of)]
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["norms in fp32", "norms in the image's dtype"])
+@pytest.mark.parametrize("batch", [(True,) * 3, (False,) * 3, (True, False, True)], ids=str)
+@pytest.mark.parametrize("stride, memory", [(1, "default"), (2, "low")])
+@pytest.mark.parametrize("way", ["direct", "gram"])
+def test_the_op(way, stride, memory, batch, narrow, depthwise, monkeypatch):
+    """What the stages hand to one another, judged where the depthwise stand-in is as exact as float64."""
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    block = Block((2, 16, 32, 16, 6, 8, CL), torch.float16 if narrow else torch.float32)
+    arguments = op_of(block, block.x, 3, stride, batch, block.dtype)
+    grad = lay_out(CL, torch.randn(2, 16, 6 // stride, 8 // stride, device=DEVICE).to(block.dtype))
+    keywords = {"stride": stride, "residual": stride == 1}
+    truths = run_op(arguments, grad, "reference", torch.float64, **keywords)
+    peers = run_op(arguments, grad, "reference", block.dtype, **keywords)
+    found = run_op(arguments, grad, "cuda", block.dtype, memory, **keywords)
+    assert [result.dtype for result in found] == [peer.dtype for peer in peers]
+    # Of so many results of few elements each, one is always less lucky than its peer: they are judged as one.
+    sizes = [2.0 ** -truth.abs().amax().log2().round() for truth in truths]
+    one, other, right = (
+        torch.cat([(size * result).to(result.dtype).flatten() for size, result in zip(sizes, results, strict=True)])
+        for results in (found, peers, truths)
+    )
+    assert_parity(one, [other], right, gradient=True)
+
+
+class Spy:
+    """A kernel that says when it is launched, and is no business of the mode that watches torch's operations."""
+
+    def __init__(self, kernel, name: str, launched: list[str]) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **keywords):
+            self.launched.append(self.name)
+            with _disable_current_modes():
+                self.kernel[grid](*arguments, **keywords)
+
+        return launch
+
+
+class Watch(TorchDispatchMode):
+    """Torch's operations that launch something, and the CUDA kernels behind the depthwise ones."""
+
+    def __init__(self, launched: list[str]) -> None:
+        super().__init__()
+        self.launched = launched
+
+    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
+        name = op._schema.name
+        if name == "fusekern_cuda::bn_relu6_dw_fwd":
+            seen = any(isinstance(argument, Tensor) for argument in arguments[5:7])
+            self.launched += ["bn_relu6_dw_fwd_kernel", *["bn_relu6_dw_moments_kernel"] * seen]
+        elif name == "fusekern_cuda::bn_relu6_dw_bwd":
+            self.launched += ["bn_relu6_dw_bwd_kernel", "bn_relu6_dw_sums_kernel"]
+        elif not op.is_view and name != "aten::squeeze_" and "empty" not in name:
+            self.launched.append(name)
+        return op(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case, programs, gram, stride, batch, low",
+    [
+        (CASES[1], 132, 10**6, 1, (True, True, True), False),
+        (CASES[1], 1, 10**6, 1, (True, True, True), True),
+        (CASES[4], 1000, 10**6, 2, (True, False, True), False),
+        (CASES[4], 1000, 0, 1, (True, True, True), False),
+        (CASES[4], 1, 0, 1, (False, False, False), True),
+        (CASES[3], 132, 10**6, 1, (False, True, True), False),
+    ],
+    ids=str,
+)
+def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dtype, depthwise, monkeypatch):
+    monkeypatch.setattr(kernels, "GRAM_PIXELS", gram)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "START", 0)
+    launched = []
+    for module in (kernels, kernels.batch_norm):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Spy(getattr(module, name), name, launched))
+    block = Block(case, dtype)
+    x, *weights, norms = op_of(block, block.x, 3, stride, batch)
+    size = {"hidden": block.wide, "channels_out": len(block.w3)}
+    plan = kernels.launches(x.to("meta"), *size.values(), stride=stride, batch=batch, low=low)
+    parts = [part for norm in norms for part in norm[:4]]
+    eps = [1e-3] * 3
+    residual = stride == 1 and x.shape[1] == len(block.w3)
+
+    def watched(body, *arguments):
+        launched.clear()
+        with torch.no_grad(), Watch(launched):
+            found = body(*arguments)
+        return found, tuple(launched)
+
+    settings = eps, list(batch), stride, residual
+    (out, *saved), seen = watched(
+        OP._inverted_bottleneck._init_fn, x, *weights, *parts, *settings, True, low, "", "cuda"
+    )
+    assert seen == plan["fwd"]
+    kept = [part for norm in norms for part in (*norm[:2], None, None)]
+    backward = OP._inverted_bottleneck_backward._init_fn
+    _, seen = watched(backward, torch.randn_like(out), x, *weights, *saved, *kept, *settings, "", "cuda")
+    assert seen == plan["bwd"]
+    frozen = eps, [False] * 3, stride, residual
+    _, seen = watched(OP._inverted_bottleneck._init_fn, x, *weights, *parts, *frozen, False, low, "", "cuda")
+    assert seen == plan["infer"]
+    # What has changed since there was a launch for each step.
+    assert len(plan["fwd"]) == 4 + sum(batch) + (not all(batch)) and len(plan["infer"]) == 4
+    sums = plan["bwd"].count("inverted_bottleneck_sum_kernel")
+    assert (sums > 0) == (programs > 1 or gram == 0)
+
+
+def test_the_plan_of_large_maps():
+    """As a GPU has it: 16 x 32 x 32 pixels in bf16 and channels_last take the Gram matrix, one image does not."""
+
+    def plan(batch: int) -> dict[str, tuple[str, ...]]:
+        image = torch.empty(batch, 512, 16, 16, dtype=torch.bfloat16, device="meta")
+        return kernels.launches(image.to(memory_format=torch.channels_last), 3072, 512)
+
+    assert len(plan(1)["fwd"]) == 7
+    assert not any(name.startswith("aten::") for name in plan(1)["bwd"]) and len(plan(1)["bwd"]) <= 13
+    assert "aten::mm" in plan(16)["bwd"]

@@ -103,23 +103,26 @@ class Case:
     def arguments(self):
         return TYPES[self.dtype], int(self.last), self.kernel, self.stride, *self.y1.shape, *self.small[2:]
 
-    def forward(self, library, stats: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(self, library, stats: bool = True, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
         y2 = blank(self.small, self.y1, self.last, self.aligned)
         parts = library.parts(0, *self.arguments())
         partial, found = torch.full((parts, 3, self.y1.shape[1]), float("nan")), torch.full((2, self.y1.shape[1]), 7.0)
-        tensors = (self.y1, self.affine, self.weight, y2, partial if stats else None, found if stats else None)
-        assert library.forward(*self.arguments(), *map(address, tensors)) is None
+        wanted = partial if stats or norm else None, found if stats else None
+        tensors = (self.y1, self.affine, self.weight, y2, *wanted)
+        assert library.forward(*self.arguments(), *map(address, tensors), *forward_arguments(norm)) is None
         assert_nothing_around(y2)
         return y2, found if stats else None
 
-    def backward(self, library) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, library, norm: Norm | None = None, batch: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         d = blank(self.y1.shape, self.y1, self.last, self.aligned)
         dweight = blank(self.weight.shape, self.weight, False)
         channels = self.y1.shape[1]
         partial = torch.full((library.parts(1, *self.arguments()), self.kernel**2 + 2, channels), float("nan"))
         sums = torch.full((2, channels), float("nan"))
         maps = (self.dz, self.y2, self.coef, self.y1, self.affine, self.mean, self.weight)
-        assert library.backward(*self.arguments(), *map(address, (*maps, d, dweight, partial, sums))) is None
+        outputs = d, dweight, partial, sums
+        arguments = *map(address, (*maps, *outputs)), *backward_arguments(norm, batch)
+        assert library.backward(*self.arguments(), *arguments) is None
         assert_nothing_around(d)
         assert_nothing_around(dweight)
         return d, dweight, sums
@@ -127,6 +130,32 @@ class Case:
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Norm:
+    """A norm over some channels: its parameters, and what the kernels fill."""
+
+    eps = 0.1
+
+    def __init__(self, channels: int, dtype: torch.dtype, learned: bool = True) -> None:
+        self.weight, self.bias = torch.randn(2, channels).to(dtype) if learned else (None, None)
+        self.vectors, self.coef = torch.full((5, channels), float("nan")), torch.full((4, channels), float("nan"))
+        self.dweight = torch.full((channels,), float("nan"))
+
+
+def forward_arguments(norm: Norm | None) -> tuple:
+    if norm is None:
+        return 0, address(None), address(None), ctypes.c_float(0), address(None)
+    narrow = int(norm.weight is not None and norm.weight.dtype != torch.float32)
+    return narrow, address(norm.weight), address(norm.bias), ctypes.c_float(norm.eps), address(norm.vectors)
+
+
+def backward_arguments(norm: Norm | None, batch: bool) -> tuple:
+    if norm is None:
+        return 0, address(None), address(None), ctypes.c_float(0), int(batch), address(None), address(None)
+    narrow = int(norm.weight is not None and norm.weight.dtype != torch.float32)
+    settings = address(norm.weight), ctypes.c_float(norm.eps), int(batch)
+    return narrow, address(norm.vectors), *settings, address(norm.coef), address(norm.dweight)
 
 
 def judge(case: Case, library) -> None:
@@ -174,6 +203,38 @@ def test_blocks_of_several_tiles(library, last):
 def test_statistics_are_optional(library):
     case = Case(SIZES[2], 3, 1, torch.float32, True)
     assert torch.equal(case.forward(library, stats=False)[0], case.forward(library)[0])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("learned", ["in fp32", "in the maps' dtype", "not"])
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[1], SIZES[5]], ids=str)
+def test_vectors_of_the_norms(library, size, learned, dtype):
+    """Made of the same statistics and sums that are told, in the same launches."""
+    case, channels = Case(size, 3, 1, dtype, True), size[1]
+    pixels = case.y2.numel() // channels
+    norm = Norm(channels, torch.float32 if learned == "in fp32" else dtype, learned != "not")
+    before = library.launches()
+    (y2, stats), again = case.forward(library), case.forward(library, stats=False, norm=norm)[0]
+    assert library.launches() - before == 2 + 2 and torch.equal(y2, again)
+    weight, bias = (norm.weight.double(), norm.bias.double()) if learned != "not" else (1, 0)
+    mean, squares = stats.double()
+    scale = (squares / pixels + norm.eps).rsqrt() * weight
+    truth = torch.stack((scale, bias - mean * scale, mean, squares / pixels, squares / max(pixels - 1, 1)))
+    torch.testing.assert_close(norm.vectors.double(), truth, rtol=2e-6, atol=2e-5)
+
+    norm.vectors = torch.rand(5, channels) + 0.5
+    alone = case.backward(library)
+    for batch in (True, False):
+        before = library.launches()
+        found = case.backward(library, norm, batch)
+        assert library.launches() - before == 2 and all(map(torch.equal, found, alone))
+        total, product = alone[2].double()
+        rstd = (norm.vectors[3].double() + norm.eps).rsqrt()
+        p = rstd * weight
+        q, r = (-p * rstd**2 * product / pixels, -p * total / pixels) if batch else (0 * p, 0 * p)
+        truth = torch.stack((p, q, r, norm.vectors[2].double()))
+        torch.testing.assert_close(norm.coef.double(), truth, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(norm.dweight.double(), product * rstd, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [SIZES[1], SIZES[3]], ids=str)

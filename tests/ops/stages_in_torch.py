@@ -20,15 +20,29 @@ def channels_sum(x):
     return x.sum((0, 2, 3))
 
 
-def tell(stats, y):
-    """mean and M2."""
+def tell(y, stats, vectors=None, weight=None, bias=None, eps=0.0):
+    """mean and M2, or what a norm makes of them."""
+    mean, count = y.mean((0, 2, 3)), y.numel() // y.shape[1]
+    squares = channels_sum((y - per_channel(mean)) ** 2)
     if stats is not None:
-        mean = y.mean((0, 2, 3))
-        stats.copy_(torch.stack((mean, channels_sum((y - per_channel(mean)) ** 2))))
+        stats.copy_(torch.stack((mean, squares)))
+    if vectors is not None:
+        scale = (squares / count + eps).rsqrt() * (1 if weight is None else weight.double())
+        shift = (0 if bias is None else bias.double()) - mean * scale
+        vectors.copy_(torch.stack((scale, shift, mean, squares / count, squares / max(count - 1, 1))))
 
 
-def add_up(sums, dv, y, mean):
-    sums.copy_(torch.stack((channels_sum(dv), channels_sum(dv * (y.double() - per_channel(mean))))))
+def add_up(dv, y, mean, sums, coef=None, dweight=None, vectors=None, weight=None, eps=0.0, batch=True):
+    """The sums of dv and dv (y - mean), and what a norm makes of them."""
+    total, product = channels_sum(dv), channels_sum(dv * (y.double() - per_channel(mean)))
+    sums.copy_(torch.stack((total, product)))
+    if coef is not None:
+        count = y.numel() // y.shape[1]
+        rstd = (vectors[3].double() + eps).rsqrt()
+        p = rstd * (1 if weight is None else weight.double())
+        dweight.copy_(product * rstd)
+        q, r = (-p * rstd**2 * product / count, -p * total / count) if batch else (0 * p, 0 * p)
+        coef.copy_(torch.stack((p, q, r, vectors[2])))
 
 
 def through_norm(dv, y, coef):
@@ -36,24 +50,24 @@ def through_norm(dv, y, coef):
     return p * dv.double() + q * (y.double() - mean) + r
 
 
-def expand_fwd(x, w1, y1, stats1):
+def expand_fwd(x, w1, y1, *seen):
     y = torch.einsum("bchw,ec->behw", x.double(), w1.double())
     y1.copy_(y)
-    tell(stats1, y)
+    tell(y, *seen)
 
 
 def _depthwise(a, wd, stride):
     return F.conv2d(a, wd.double()[:, None], stride=stride, padding=wd.shape[-1] // 2, groups=len(wd))
 
 
-def depthwise_fwd(y1, affine1, wd, stride, y2, stats2):
+def depthwise_fwd(y1, affine1, wd, stride, y2, *seen):
     y = _depthwise(F.relu6(affine(y1, affine1)), wd, stride)
     y2.copy_(y)
-    tell(stats2, y)
+    tell(y, *seen)
 
 
-def project_fwd(y2, affine2, w3, y3, stats3):
-    expand_fwd(F.relu6(affine(y2, affine2)), w3, y3, stats3)
+def project_fwd(y2, affine2, w3, y3, *seen):
+    expand_fwd(F.relu6(affine(y2, affine2)), w3, y3, *seen)
 
 
 def residual_fwd(y3, affine3, x, out):
@@ -68,19 +82,19 @@ def infer(x, w1, affine1, wd, affine2, w3, affine3, stride, residual, out):
     out.copy_(v3 + x.double() if residual else v3)
 
 
-def output_bwd(g, y3, mean3, sums3):
-    add_up(sums3, g.double(), y3, mean3)
+def output_bwd(g, y3, mean3, *sums):
+    add_up(g.double(), y3, mean3, *sums)
 
 
-def project_bwd(g, y3, coef3, y2, affine2, mean2, w3, dz, dw3, sums2):
+def project_bwd(g, y3, coef3, y2, affine2, mean2, w3, dz, dw3, *sums):
     dy3, v2 = through_norm(g, y3, coef3), affine(y2, affine2)
     gradient = torch.einsum("bohw,oe->behw", dy3, w3.double()) * relu6_mask(v2)
     dz.copy_(gradient)
     dw3.copy_(torch.einsum("bohw,behw->oe", dy3, F.relu6(v2)))
-    add_up(sums2, gradient, y2, mean2)
+    add_up(gradient, y2, mean2, *sums)
 
 
-def depthwise_bwd(dz, y2, coef2, y1, affine1, mean1, wd, stride, d, dwd, sums1):
+def depthwise_bwd(dz, y2, coef2, y1, affine1, mean1, wd, stride, d, dwd, *sums):
     v1 = affine(y1, affine1)
     # By name: below autograd, where a custom op's body runs, autograd.grad finds no graph.
     da, dweight, _ = torch.ops.aten.convolution_backward(
@@ -90,7 +104,7 @@ def depthwise_bwd(dz, y2, coef2, y1, affine1, mean1, wd, stride, d, dwd, sums1):
     gradient = da * relu6_mask(v1)
     d.copy_(gradient)
     dwd.copy_(dweight[:, 0])
-    add_up(sums1, gradient, y1, mean1)
+    add_up(gradient, y1, mean1, *sums)
 
 
 def expand_bwd(d, y1, coef1, x, w1, g, dx, dw1):

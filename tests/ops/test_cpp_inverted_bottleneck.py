@@ -308,6 +308,64 @@ def test_optional_arguments():
 
 
 @every_dtype
+@pytest.mark.parametrize("learned", [True, False])
+def test_vectors_of_the_norms(learned, dtype):
+    """A stage makes them of the very statistics and sums that it tells."""
+    shape = (2, 24, 70, 16, 9, 17, 3, 2)
+    stages = make(shape, dtype, "channels_last", mean=3.0)
+    for name, channels in (("expand_fwd", 70), ("depthwise_fwd", 70), ("project_fwd", 16)):
+        weight, bias = torch.randn(2, channels) if learned else (None, None)
+        y, stats = run(name, stages[name], "channels_last")
+        vectors, pixels = empty((5, channels), torch.float32), y.numel() // channels
+        again = torch.empty_like(y)
+        stage(name)(*stages[name], again, None, vectors, weight, bias, 0.1)
+        assert torch.equal(again, y) and walls_stand(vectors)
+        mean, squares = stats.double()
+        scale = (squares / pixels + 0.1).rsqrt() * (weight.double() if learned else 1)
+        shift = (bias.double() if learned else 0) - mean * scale
+        truth = torch.stack([scale, shift, mean, squares / pixels, squares / (pixels - 1)])
+        torch.testing.assert_close(vectors.double(), truth, rtol=2e-6, atol=2e-6)
+    for name, channels, image in (("output_bwd", 16, 0), ("project_bwd", 70, 3), ("depthwise_bwd", 70, 3)):
+        vectors, weight = torch.rand(5, channels) + 0.5, torch.randn(channels) if learned else None
+        *gradients, sums = run(name, stages[name], "channels_last")
+        pixels = stages[name][image].numel() // channels
+        for batch in (True, False):
+            found = [torch.empty_like(gradient) for gradient in (*gradients, sums)]
+            coef, dweight = empty((4, channels), torch.float32), empty((channels,), torch.float32)
+            stage(name)(*stages[name], *found, coef, dweight, vectors, weight, 0.1, batch)
+            assert all(map(torch.equal, found, [*gradients, sums])) and walls_stand(coef) and walls_stand(dweight)
+            rstd, (total, product) = (vectors[3].double() + 0.1).rsqrt(), sums.double()
+            p = rstd * (weight.double() if learned else 1)
+            q, r = (-p * rstd**2 * product / pixels, -p * total / pixels) if batch else (0 * p, 0 * p)
+            truth = torch.stack([p, q, r, vectors[2].double()])
+            torch.testing.assert_close(coef.double(), truth, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(dweight.double(), product * rstd, rtol=2e-6, atol=2e-6)
+
+
+def test_batch_norms_where_no_stage_has_them():
+    """By running statistics and by moments over processes; one of the three is absent."""
+    mean, var, weight, bias, moments = torch.randn(9), torch.rand(9), torch.randn(9), torch.randn(9), torch.rand(3, 5)
+    first, third = empty((5, 9), torch.float32), empty((5, 5), torch.float32)
+    third[2:] = moments
+    absent = None, None, None, None, 0.0, None
+    run_fwd, run_bwd = torch.ops.fusekern_cpp.batch_norm_fwd, torch.ops.fusekern_cpp.batch_norm_bwd
+    run_fwd(mean, var, weight, bias, 0.1, first, *absent, None, None, None, None, 0.1, third)
+    scale = weight * (var + 0.1).rsqrt()
+    torch.testing.assert_close(first, torch.stack([scale, bias - mean * scale, mean, var, var]))
+    scale = (moments[1] + 0.1).rsqrt()
+    torch.testing.assert_close(third, torch.stack([scale, -moments[0] * scale, *moments]))
+    sums, means, rstd = torch.randn(2, 9), torch.randn(2, 9), (var + 0.1).rsqrt()
+    coef, dweight = empty((4, 9), torch.float32), empty((9,), torch.float32)
+    for given, over in ((means, means), (None, sums / 7)):
+        run_bwd(sums, given, 7, first, weight, 0.1, True, coef, dweight)
+        p = weight * rstd
+        torch.testing.assert_close(coef, torch.stack([p, -p * rstd**2 * over[1], -p * over[0], mean]))
+        torch.testing.assert_close(dweight, sums[1] * rstd)
+    with pytest.raises(RuntimeError, match="mean and var belong together"):
+        run_fwd(mean, None, weight, bias, 0.1, first, *absent, *absent)
+
+
+@every_dtype
 @every_layout
 def test_every_layout_gives_the_same_bits(layout, dtype):
     """What is read must not depend on where it lies."""

@@ -8,6 +8,8 @@ extern "C" {
 
 void reverse(int reversed) { cuda_on_host::reversed = reversed; }
 
+int launches() { return cuda_on_host::launches; }
+
 // type: 0 float32, 1 bfloat16, 2 float16.
 int parts(int backward, int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w) {
   const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
@@ -15,16 +17,23 @@ int parts(int backward, int type, int last, int K, int stride, int B, int E, int
 }
 
 const char* forward(int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w, const void* y1,
-                    const float* affine, const void* weight, void* y2, float* partial, float* stats) {
+                    const float* affine, const void* weight, void* y2, float* partial, float* stats, int narrow,
+                    const void* norm_weight, const void* norm_bias, float eps, float* vectors) {
   const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
-  return launch(problem, Forward{y1, affine, weight, y2, partial, stats}, nullptr);
+  const Type of = narrow ? Type(type) : Type::float32;
+  const NormForward norm{{norm_weight, of}, {norm_bias, of}, eps, vectors};
+  return launch(problem, Forward{y1, affine, weight, y2, partial, stats, norm}, nullptr);
 }
 
 const char* backward(int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w, const void* dz,
                      const void* y2, const float* coef, const void* y1, const float* affine, const float* mean,
-                     const void* weight, void* d, void* dweight, float* partial, float* sums) {
+                     const void* weight, void* d, void* dweight, float* partial, float* sums, int narrow,
+                     const float* vectors, const void* norm_weight, float eps, int batch, float* coef1,
+                     float* norm_dweight) {
   const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
-  return launch(problem, Backward{dz, y2, coef, y1, affine, mean, weight, d, dweight, partial, sums}, nullptr);
+  const Type of = narrow ? Type(type) : Type::float32;
+  const NormBackward norm{vectors, {norm_weight, of}, eps, bool(batch), coef1, norm_dweight};
+  return launch(problem, Backward{dz, y2, coef, y1, affine, mean, weight, d, dweight, partial, sums, norm}, nullptr);
 }
 
 }  // extern "C"

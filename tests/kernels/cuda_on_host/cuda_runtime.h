@@ -69,6 +69,7 @@ inline jmp_buf scheduler;
 inline Fiber* current;
 inline std::function<void()> body;
 inline bool reversed = false;  // threads take turns from the last to the first
+inline int launches = 0;       // so far
 
 constexpr std::size_t STACK = 256 * 1024;
 
@@ -143,6 +144,7 @@ struct cudaFuncAttributes {
 
 template <class... Expected, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... arguments) {
+  ++cuda_on_host::launches;
   cuda_on_host::body = [&] { kernel(arguments...); };
   const dim3 grid = config->gridDim;
   for (unsigned z = 0; z < grid.z; ++z)
