@@ -525,8 +525,9 @@ START = 4
 FLAT = Tile(32, 64, 64, 4, 2, 255)
 # Parts and elements at a time of the kernel that adds: few parts of many elements, as of a weight, or the other way.
 FEW, MANY = (16, 128), (256, 16)
-# Pixels by channels from which on a Gram matrix is less work than a pass over the hidden map.
-GRAM_PIXELS = 8
+# Pixels by channels from which on a Gram matrix is less work than a pass over the hidden map, and numbers of that map
+# from which on the pass takes longer than the two dozen small operations to start that come with the matrix. Modelled.
+GRAM_PIXELS, GRAM_NUMBERS = 8, 2**26
 
 
 class Rows(NamedTuple):
@@ -656,7 +657,7 @@ def launches(
     forward = [] if all(batch) else ["batch_norm_fwd_kernel"]
     for product, join, on in zip(products, joins, batch, strict=True):
         forward += [product, join] if on else [product]
-    gram = _gram(x)
+    gram = _gram(x, hidden)
     return {
         "fwd": (*forward, kernel("apply")),
         "bwd": (
@@ -670,9 +671,10 @@ def launches(
     }
 
 
-def _gram(image: Tensor) -> bool:
+def _gram(image: Tensor, hidden: int) -> bool:
     """There are so many pixels that a Gram matrix is the shorter way."""
-    return image.shape[0] * image.shape[2] * image.shape[3] >= GRAM_PIXELS * image.shape[1]
+    pixels = image.shape[0] * image.shape[2] * image.shape[3]
+    return pixels >= GRAM_PIXELS * image.shape[1] and pixels * hidden >= GRAM_NUMBERS
 
 
 def _gram_launches(image: Tensor, gram: tuple[str, ...]) -> tuple[str, ...]:
@@ -1092,7 +1094,7 @@ def inverted_bottleneck_expand_bwd(
     pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
     rows = _rows(d, dx)
     with _device_of(d):
-        if not _gram(x):
+        if not _gram(x, w1.shape[0]):
             dy1 = torch.empty_like(d)
             _apply("gradient", d, y1, coef1, dy1)
             _bwd_image(dy1, w1, g, dx)

@@ -285,7 +285,7 @@ def judge_expand_bwd(block: Block, x: Tensor, g: Tensor | None, dtype: torch.dty
 )
 def test_expand_bwd(case, way, dtype, monkeypatch):
     """A Gram matrix of no more pixels than channels is nobody's choice."""
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
     block = Block(case, dtype)
     judge_expand_bwd(block, block.x, None, dtype)
     judge_expand_bwd(block, block.x, torch.randn_like(block.x), dtype)
@@ -294,7 +294,7 @@ def test_expand_bwd(case, way, dtype, monkeypatch):
 @pytest.mark.parametrize("way", ["direct", "gram"])
 def test_expand_bwd_of_frozen_and_shared_norms(way, monkeypatch):
     """Running statistics have q = r = 0; a mean over other processes' pixels too is not that of these."""
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
     block = Block(CASES[2], torch.float32, offset=3)
     block.coef1[3] += torch.randn_like(block.coef1[3])
     judge_expand_bwd(block, block.x, block.x + 1, torch.float32)
@@ -304,7 +304,7 @@ def test_expand_bwd_of_frozen_and_shared_norms(way, monkeypatch):
 
 def test_gram_of_a_far_mean(monkeypatch):
     """Uncentred sums of fp32 would lose what is left of x when its mean is taken away."""
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: True)
     block = Block((2, 16, 32, 16, 8, 9, CL), torch.float32, offset=1000)
     judge_expand_bwd(block, block.x, None, torch.float32)
 
@@ -324,8 +324,8 @@ def test_strides_of_input_and_gradient(layout, odd, dtype, monkeypatch):
         kernels.inverted_bottleneck_output_bwd(g, block.y3, block.mean3, sums3)
         arguments = g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3
         kernels.inverted_bottleneck_project_bwd(*arguments, dz, dw3, sums2)
-        for pixels, grads in ((0, (dx, dw1)), (10**6, (dx2, dw12))):
-            monkeypatch.setattr(kernels, "GRAM_PIXELS", pixels)
+        for gram, grads in ((True, (dx, dw1)), (False, (dx2, dw12))):
+            monkeypatch.setattr(kernels, "_gram", lambda *sizes, gram=gram: gram)
             kernels.inverted_bottleneck_expand_bwd(block.d, block.y1, block.coef1, x, block.w1, g, *grads)
         return outputs + sums
 
@@ -395,7 +395,7 @@ def test_settings_and_parts(load, dtype, monkeypatch):
     """One multiprocessor has work enough with large tiles and no parts; 1000 of them have not."""
     monkeypatch.setattr(kernels, "PROGRAMS", 1 if load == "large" else 1000)
     monkeypatch.setattr(kernels, "START", 0)
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: True)
     block = Block((2, 48, 80, 48, 10, 12, CL), dtype)
     judge_expand_bwd(block, block.x, block.x, dtype)
     kind = "half" if dtype != torch.float32 else "ieee"
@@ -408,7 +408,7 @@ def test_settings_and_parts(load, dtype, monkeypatch):
 @pytest.mark.parametrize("way", ["direct", "gram"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_the_ends_of_relu6(dtype, way, monkeypatch):
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
     block = Block((2, 16, 32, 16, 4, 5, CL), dtype)
     block.affine2 = torch.stack([torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE)])
     block.y2[:, :8], block.y2[:, 8:16], block.y2[:, 16:24] = 0, 6, 3
@@ -425,7 +425,7 @@ def test_nan_and_the_ends_of_relu6(dtype, way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["direct", "gram"])
 def test_same_bits_again(way, monkeypatch):
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
     block = Block((2, 16, 32, 16, 10, 12, CL), DTYPES[-1])
 
     def run() -> list[Tensor]:
@@ -507,7 +507,7 @@ def run_op(arguments, grad: Tensor, backend: str, dtype: torch.dtype, memory: st
 @pytest.mark.parametrize("way", ["direct", "gram"])
 def test_the_op(way, stride, memory, batch, narrow, depthwise, monkeypatch):
     """What the stages hand to one another, judged where the depthwise stand-in is as exact as float64."""
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", 0 if way == "gram" else 10**6)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
     block = Block((2, 16, 32, 16, 6, 8, CL), torch.float16 if narrow else torch.float32)
     arguments = op_of(block, block.x, 3, stride, batch, block.dtype)
     grad = lay_out(CL, torch.randn(2, 16, 6 // stride, 8 // stride, device=DEVICE).to(block.dtype))
@@ -563,17 +563,17 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize(
     "case, programs, gram, stride, batch, low",
     [
-        (CASES[1], 132, 10**6, 1, (True, True, True), False),
-        (CASES[1], 1, 10**6, 1, (True, True, True), True),
-        (CASES[4], 1000, 10**6, 2, (True, False, True), False),
-        (CASES[4], 1000, 0, 1, (True, True, True), False),
-        (CASES[4], 1, 0, 1, (False, False, False), True),
-        (CASES[3], 132, 10**6, 1, (False, True, True), False),
+        (CASES[1], 132, False, 1, (True, True, True), False),
+        (CASES[1], 1, False, 1, (True, True, True), True),
+        (CASES[4], 1000, False, 2, (True, False, True), False),
+        (CASES[4], 1000, True, 1, (True, True, True), False),
+        (CASES[4], 1, True, 1, (False, False, False), True),
+        (CASES[3], 132, False, 1, (False, True, True), False),
     ],
     ids=str,
 )
 def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dtype, depthwise, monkeypatch):
-    monkeypatch.setattr(kernels, "GRAM_PIXELS", gram)
+    monkeypatch.setattr(kernels, "_gram", lambda *sizes: gram)
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     monkeypatch.setattr(kernels, "START", 0)
     launched = []
