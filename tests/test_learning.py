@@ -74,7 +74,7 @@ def test_a_backend_that_learns_otherwise_is_named():
         return {"backends": [backend, "reference"], "seeds": seeds, "distance": distance, "miou": [0.5, 0.25]}
 
     rows = [pair("cpp", [0, 0], 0.01), pair("cpp", [1, 1], 0.2), pair("reference", [0, 1], 0.1)]
-    assert learning.faults(rows) == ["cpp, seed 1: 0.2 from the reference, whose own seeds are 0.1 apart"]
+    assert learning.faults(rows) == ["cpp, seed 1: 0.2 from the reference, whose own seeds are 0.1 apart in the mean"]
     assert learning.table(rows)[2] == "| cpp and reference, seed 0 | 0.01 | 50.00 and 25.00 |"
     assert learning.faults([pair("cpp", [0, 0], float("nan")), *rows[2:]])
     assert learning.smoothed([[5 * step, float(step)] for step in range(6)]) == [(15, 1.5), (20, 2.5), (25, 3.5)]
