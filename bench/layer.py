@@ -63,6 +63,9 @@ class Training(Case):
             return 0.1 * tensor + (1 if name.endswith("weight") else 0)
         return super().scaled(name, tensor)
 
+    def judged_with(self, name):
+        return name if name in ("image", "score", "dimage", "dtext") else "parameters"
+
     def arguments(self, shape, *tensors):
         return ()
 
