@@ -51,6 +51,9 @@ class Training(Case):
         vectors = {"scale1": (e,), "shift1": (e,), "scale2": (e,), "scale3": (c,), "shift3": (c,)}
         return {"image": (shape.batch, c, shape.size, shape.size), **weights, **vectors}
 
+    def judged_with(self, name):
+        return "vectors" if name.startswith(("dscale", "dshift")) else name
+
     def norms(self, scale1, shift1, scale2, scale3, shift3) -> tuple[BatchNorm, BatchNorm, BatchNorm]:
         """With 3 +- 0.4 times a normal value before ReLU6. The second learns no shift: the third takes it away."""
         found = []
