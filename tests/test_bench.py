@@ -526,9 +526,10 @@ def test_what_the_device_did_is_held_against_the_plan(extra, monkeypatch):
     for entry in launches().ENTRIES:
         recorded[:] = [], [], []
         nothing = launches().row_of(entry, Shape(1, 64, 6, 5), "channels_last", "cpu")
-        fwd, bwd = (list(nothing["planned"][which]) for which in ("fwd", "bwd"))
-        assert len(nothing["wrong"]) == 2 and nothing["state"] == "measured"
-        recorded[:] = fwd, [*bwd, *[COPY] * extra], fwd
+        plan = nothing["planned"]
+        fwd, bwd, infer = (list(plan.get(which, plan["fwd"])) for which in ("fwd", "bwd", "infer"))
+        assert len(nothing["wrong"]) == len(plan) and nothing["state"] == "measured"
+        recorded[:] = fwd, [*bwd, *[COPY] * extra], infer
         row = launches().row_of(entry, Shape(1, 64, 6, 5), "channels_last", "cpu")
         assert row["found"]["bwd"] == [*bwd, *["copy"] * extra]
         assert row["wrong"] == launches().differences("bwd", bwd, row["found"]["bwd"])

@@ -40,6 +40,7 @@ def test_learning_is_compared_between_backends_and_seeds(tmp_path, capsys, in_th
     pytest.importorskip("matplotlib")
     backends = ["reference"] if BACKENDS["cpp"].missing else ["reference", "cpp"]
     where = ["--out", str(tmp_path / "learning"), "--data", str(tmp_path / "scenes"), "--backends", *backends]
+    where += ["--seeds", "0", "1"]
     with pytest.raises(SystemExit, match="not run yet: .*reference-0.*reference-1"):
         learning.main(["report", *where])
     assert learning.main(["run", *where, "--steps", "5"]) == 0
