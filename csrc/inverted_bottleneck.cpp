@@ -70,19 +70,25 @@ std::vector<Chunk> chunks_of(const Layout& layout, int64_t most) {
   return chunks;
 }
 
-// A dense tensor of C channels, or a tile of one.
+// A dense tensor of C channels, or a tile of one, whose lines are `gap` numbers apart.
 struct Dense {
   void* data;
   int64_t C;
   Layout layout;
+  int64_t gap = 0;
 
-  int64_t pixel() const { return layout.rows ? C : 1; }  // strides
-  int64_t channel() const { return layout.rows ? 1 : layout.HW; }
+  int64_t pixel() const { return layout.rows ? C + gap : 1; }  // strides
+  int64_t channel() const { return layout.rows ? 1 : layout.HW + gap; }
   void* at(const Chunk& chunk, int64_t c) const {
     const int64_t n = chunk.b * C * layout.HW + chunk.first * pixel() + c * channel();
     return static_cast<char*>(data) + n * layout.bytes();
   }
   Pixels pixels(const Chunk& chunk, int64_t c) const { return {at(chunk, c), 0, 0, 0, 0, 0, pixel(), channel()}; }
+  Beside lines(const Chunk& chunk, int64_t c, int64_t channels) const {  // of fp32
+    const float* const data = static_cast<const float*>(at(chunk, c));
+    if (layout.rows) return {data, chunk.count, pixel(), parts(channels, 16)};
+    return {data, channels, channel(), parts(chunk.count, 16)};
+  }
   Tensor matrix(const Chunk& chunk, int64_t c, int64_t channels) const {  // [pixels, channels]
     const int64_t shape[] = {chunk.count, channels}, strides[] = {pixel(), channel()};
     return torch::stable::from_blob(at(chunk, c), {shape, 2}, {strides, 2}, layout.device, layout.dtype);
@@ -91,11 +97,20 @@ struct Dense {
 
 Dense dense(const Tensor& t, const Layout& layout) { return {t.data_ptr(), t.size(1), layout}; }
 
-// A tile of all pixels of a chunk in memory of its own: one image, however many there are.
+int64_t floats(const Layout& layout, int64_t numbers) { return (numbers * layout.bytes() + 3) / 4; }
+
+// A tile of all pixels of a chunk in memory of its own: one image, however many there are. Lines a power of two apart
+// would share their places in the cache.
+constexpr int64_t GAP = 16;
+
 Dense tile_of(float* memory, const Layout& layout, int64_t pixels, int64_t channels) {
   Layout own = layout;
   own.B = 1, own.HW = pixels;
-  return {memory, channels, own};
+  return {memory, channels, own, GAP};
+}
+
+int64_t tile_floats(const Layout& layout, int64_t pixels, int64_t channels) {
+  return floats(layout, (pixels + GAP) * (channels + GAP));
 }
 
 Chunk all_of(int64_t pixels) { return {0, 0, pixels, 0}; }
@@ -107,8 +122,6 @@ Pixels pixels_of(const Tensor& t, const Layout& layout, const Chunk& chunk, int6
   char* const data = static_cast<char*>(map.data) + n * layout.bytes();
   return {data, chunk.first, t.size(2), t.size(3), map.batch, map.row, map.column, map.channel};
 }
-
-int64_t floats(const Layout& layout, int64_t numbers) { return (numbers * layout.bytes() + 3) / 4; }
 
 // x as it is, if its pixels are rows or columns of matrices, else a copy in this layout.
 struct Image {
@@ -164,17 +177,49 @@ Tensor turned(const Tensor& matrix) {
 
 // ---- work ----------------------------------------------------------------------------------------------------------
 
-// to = a b, or to += a b. In fp32 the body's product, which torch's does not reach, where the CPU has FMA.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add) {
+// A bit for each number of a tile of rows: it is not zero.
+struct Kept {
+  Kept(int64_t pixels, int64_t channels) : row(parts(channels, 32) * 4), bits(pixels * row) {}
+
+  int64_t row;  // bytes
+  std::vector<uint8_t> bits;
+  int64_t count = -1;  // how many, if it is known
+};
+
+// Where it pays to pass over zeros of a left matrix: as measured, with as few columns as a panel holds it does not.
+bool worth_sparse(const MatrixProduct& p) {
+  if (p.a_term != 1 || p.columns < 64) return false;
+  return static_cast<double>(FUSEKERN_PICK(matrix_product_not_zero)(p)) < 0.7 * p.rows * p.terms;
+}
+
+// Where it pays to compute alone what is kept. With AVX2 half the registers hold half as much.
+bool worth_masking(const MatrixProduct& p, const Kept& kept) {
+  if (p.a_term != 1 || p.terms < 96 || kept.count < 0) return false;
+  return static_cast<double>(kept.count) < (cpu_isa() == Isa::avx512 ? 0.6 : 0.35) * p.rows * p.columns;
+}
+
+// to = a b, or to += a b. In fp32 the body's product, which torch's does not reach, where the CPU has FMA. With
+// `activated` zeros are looked for in a; of what is not `kept` of the result anything may come out.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add, const Beside& beside = {},
+              bool activated = false, const Kept* kept = nullptr) {
   const bool own = to.scalar_type() == ScalarType::Float && cpu_isa() != Isa::baseline;
   const auto can = [](const Tensor& b, int columns) { return b.stride(columns) == 1 || b.stride(1 - columns) == 1; };
   MatrixProduct p{};
-  p.c = static_cast<float*>(to.data_ptr()), p.terms = a.size(1), p.add = add;
+  p.c = static_cast<float*>(to.data_ptr()), p.terms = a.size(1), p.add = add, p.beside = beside;
   const auto run = [&](const Tensor& a, const Tensor& b, int rows, int columns) {
     p.rows = to.size(rows), p.columns = to.size(columns);
     p.a = static_cast<const float*>(a.data_ptr()), p.b = static_cast<const float*>(b.data_ptr());
     p.a_row = a.stride(rows), p.a_term = a.stride(columns), p.b_term = b.stride(rows), p.b_column = b.stride(columns);
     p.c_row = to.stride(rows);
+    if (rows == 0 && activated && worth_sparse(p)) {
+      const Scratch memory(FUSEKERN_PICK(sparse_product_floats)(p));
+      return FUSEKERN_PICK(sparse_product)(p, memory.data);
+    }
+    if (rows == 0 && kept != nullptr && worth_masking(p, *kept)) {
+      p.wanted = kept->bits.data(), p.wanted_row = kept->row;
+      const Scratch memory(FUSEKERN_PICK(masked_product_floats)());
+      return FUSEKERN_PICK(masked_product)(p, memory.data);
+    }
     const Scratch packed(FUSEKERN_PICK(matrix_product_floats)());
     FUSEKERN_PICK(matrix_product)(p, packed.data);
   };
@@ -231,6 +276,23 @@ void activate(const Dense& y, const Chunk& from, int64_t c0, const Tensor& affin
   pass.a = y.pixels(from, c0), pass.out = out.pixels(to, 0);
   give(pass, affine, c0);
   FUSEKERN_PICK(bottleneck_activate)(pass);
+}
+
+// relu6(affine y) in fp32 of some channels as an image, in `memory`; and, of rows, what is kept of it.
+Dense activate_turned(const Dense& y, const Chunk& from, int64_t c0, int64_t channels, const Tensor& affine,
+                      float* memory, Kept& kept) {
+  Layout image = y.layout;
+  image.rows = false;
+  const Dense out = tile_of(memory, image, from.count, channels);
+  if (!y.layout.rows) {
+    activate(y, from, c0, affine, out, all_of(from.count));
+    return out;
+  }
+  BottleneckPass pass = pass_over(y.layout, from.count, channels);
+  pass.a = y.pixels(from, c0), pass.out = out.pixels(all_of(from.count), 0);
+  give(pass, affine, c0);
+  kept.count = FUSEKERN_PICK(bottleneck_activate_turned)(pass, kept.bits.data(), kept.row);
+  return out;
 }
 
 // out = coef(dv, y)
@@ -445,15 +507,21 @@ void project_fwd(const Tensor& y2,       // [B, E, h, w]
   if (layout.bf16) blocks.size = E;
   const Scratch partial(3 * O * count);
   clear(partial.data, 3 * O * count);
+  // What comes after block i of a chunk.
+  const auto next = [&](int64_t item, int64_t i) -> Beside {
+    if (layout.bf16) return {};
+    if (i + 1 < blocks.count()) return from.lines(chunks[item], blocks.first(i + 1), blocks.channels(i + 1));
+    return item + 1 < count ? from.lines(chunks[item + 1], 0, blocks.channels(0)) : Beside{};
+  };
   for_each(count, [&](int64_t item) {
     const Chunk& chunk = chunks[item];
-    const Scratch memory(floats(layout, chunk.count * blocks.size));
+    const Scratch memory(tile_floats(layout, chunk.count, blocks.size));
     for (int64_t i = 0; i < blocks.count(); ++i) {
       const int64_t c0 = blocks.first(i), channels = blocks.channels(i);
       const Dense tile = tile_of(memory.data, layout, chunk.count, channels);
       activate(from, chunk, c0, affine2, tile, all_of(chunk.count));
       multiply(tile.matrix(all_of(chunk.count), 0, channels), block(w3, 0, O, c0, channels, true),
-               to.matrix(chunk, 0, O), i > 0);
+               to.matrix(chunk, 0, O), i > 0, next(item, i), true);
     }
     if (stats.data) add_moments(to, chunk, 0, O, partial.data + 3 * O * item, 0);
   });
@@ -529,14 +597,15 @@ void infer(const Tensor& x,        // [B, C, H, W]
   // As many images at a time as keep all threads busy; one thread projects each block while it is in the cache.
   const int64_t threads = torch::stable::get_num_threads(), wave = std::min<int64_t>(B, parts(threads, blocks.count()));
   const int64_t together = threads == 1 && !layout.bf16 ? 1 : blocks.count();
-  const int64_t tile_floats = floats(layout, pixels * std::min(E, together * blocks.size));
-  const int64_t y3_floats = floats(layout, pixels * O);
-  const Scratch rings(wave * blocks.count() * op.ring_floats), memory(wave * (tile_floats + y3_floats));
-  const auto tile = [&](int64_t slot) { return memory.data + slot * (tile_floats + y3_floats); };
+  const int64_t block_floats = tile_floats(layout, pixels, blocks.size);
+  const int64_t own_floats = layout.bf16 ? tile_floats(layout, pixels, E) : together * block_floats;
+  const int64_t slot_floats = own_floats + tile_floats(layout, pixels, O);
+  const Scratch rings(wave * blocks.count() * op.ring_floats), memory(wave * slot_floats);
+  const auto tile = [&](int64_t slot) { return memory.data + slot * slot_floats; };
   // The filtered rows of a block of channels; in bf16, where one product takes all of them, within those of all.
   const auto filtered = [&](int64_t slot, int64_t i, int64_t count) {
     if (layout.bf16) return tile_of(tile(slot), layout, count, E);
-    return tile_of(tile(slot) + i % together * blocks.size * count, layout, count, blocks.channels(i));
+    return tile_of(tile(slot) + i % together * block_floats, layout, count, blocks.channels(i));
   };
   for (int64_t b0 = 0; b0 < B; b0 += wave)
     for (int64_t y0 = 0, staged = 0; y0 < h; y0 += height) {
@@ -545,7 +614,7 @@ void infer(const Tensor& x,        // [B, C, H, W]
       const Chunk all = all_of(count);
       const auto expand_and_filter = [&](int64_t slot, int64_t i) {
         const int64_t b = b0 + slot, c0 = blocks.first(i), channels = blocks.channels(i);
-        const Scratch expanded(floats(layout, std::max<int64_t>(fresh, 1) * channels)), scratch(op.scratch_floats);
+        const Scratch expanded(tile_floats(layout, fresh, channels)), scratch(op.scratch_floats);
         const Dense from = tile_of(expanded.data, layout, fresh, channels), into = filtered(slot, i, count);
         if (fresh > 0) {
           const Chunk chunk = rows ? Chunk{0, b * H * W + staged * W, fresh, 0} : Chunk{b, staged * W, fresh, 0};
@@ -566,13 +635,13 @@ void infer(const Tensor& x,        // [B, C, H, W]
       };
       const auto project = [&](int64_t slot, int64_t share, int64_t first) {
         const int64_t b = b0 + slot, o0 = shares.first(share), channels = shares.channels(share);
-        const Dense y3 = tile_of(tile(slot) + tile_floats, layout, count, O);
+        const Dense y3 = tile_of(tile(slot) + own_floats, layout, count, O);
         const Tensor to_share = y3.matrix(all, o0, channels);
         if (layout.bf16)
           multiply(filtered(slot, 0, count).matrix(all, 0, E), block(w3, o0, channels, 0, E, true), to_share, false);
         for (int64_t i = first; !layout.bf16 && i < std::min(first + together, blocks.count()); ++i)
           multiply(filtered(slot, i, count).matrix(all, 0, blocks.channels(i)),
-                   block(w3, o0, channels, blocks.first(i), blocks.channels(i), true), to_share, i > 0);
+                   block(w3, o0, channels, blocks.first(i), blocks.channels(i), true), to_share, i > 0, {}, true);
         if (first + together < blocks.count()) return;
         const int64_t n = y0 * w;
         const Chunk there = rows ? Chunk{0, b * h * w + n, count, 0} : Chunk{b, n, count, 0};
@@ -641,36 +710,62 @@ void project_bwd(const Tensor& g,        // [B, O, h, w]
   const auto chunks = chunks_of(layout, TILE_PIXELS);
   const int64_t N = layout.N(), most = chunks[0].count;
   const Dense from = dense(y2, layout), to = dense(dz, layout);
-  const Scratch memory(floats(layout, N * O));
+  const Scratch memory(tile_floats(layout, N, O));
   const Dense dy3 = tile_of(memory.data, layout, N, O);
   for_each(static_cast<int64_t>(chunks.size()), [&](int64_t item) {
     const Chunk &chunk = chunks[item], there{0, chunk.before, chunk.count, 0};
     through_norm(pixels_of(g, layout, chunk, 0), dense(y3, layout).pixels(chunk, 0), chunk.count, 0, coef3, dy3, there);
   });
   const Channels blocks = tiles(E, layout.bf16 ? std::max<int64_t>(N / 4, 1) : most);
+  // Of a block of channels and a chunk: dz = mask back, with its sums.
+  const auto mask = [&](const Dense& back, const Chunk& chunk, int64_t c0, float* sums) {
+    BottleneckPass pass = pass_over(layout, chunk.count, back.C);
+    pass.a = back.pixels(all_of(chunk.count), 0), pass.b = from.pixels(chunk, c0), pass.out = to.pixels(chunk, c0);
+    give(pass, affine2, c0);
+    pass.vectors[2] = data_of(mean2) + c0;
+    pass.sums[0] = sums, pass.sums[1] = sums + back.C;
+    FUSEKERN_PICK(bottleneck_mask)(pass);
+  };
   for_each(blocks.count(), [&](int64_t item) {
     const int64_t c0 = blocks.first(item), channels = blocks.channels(item);
-    const Scratch activated(floats(layout, (layout.bf16 ? N : most) * channels)),
-        product(floats(layout, most * channels));
-    const Scratch sums(2 * channels);
+    const Scratch activated(tile_floats(layout, layout.bf16 ? N : most, channels)),
+        product(tile_floats(layout, most, channels)), sums(2 * channels);
     clear(sums.data, 2 * channels);
-    const Tensor dweight = block(dw3, 0, O, c0, channels), weight = block(w3, 0, O, c0, channels);
-    const Dense all = tile_of(activated.data, layout, N, channels);
-    for (size_t i = 0; i < chunks.size(); ++i) {
-      const Chunk &chunk = chunks[i], there{0, chunk.before, chunk.count, 0}, own = all_of(chunk.count);
-      const Dense tile = layout.bf16 ? all : tile_of(activated.data, layout, chunk.count, channels);
-      activate(from, chunk, c0, affine2, tile, layout.bf16 ? there : own);
-      if (!layout.bf16) multiply(turned(dy3.matrix(there, 0, O)), tile.matrix(own, 0, channels), dweight, i > 0);
-      const Dense back = tile_of(product.data, layout, chunk.count, channels);
-      multiply(dy3.matrix(there, 0, O), weight, back.matrix(own, 0, channels), false);
-      BottleneckPass pass = pass_over(layout, chunk.count, channels);
-      pass.a = back.pixels(own, 0), pass.b = from.pixels(chunk, c0), pass.out = to.pixels(chunk, c0);
-      give(pass, affine2, c0);
-      pass.vectors[2] = data_of(mean2) + c0;
-      pass.sums[0] = sums.data, pass.sums[1] = sums.data + channels;
-      FUSEKERN_PICK(bottleneck_mask)(pass);
+    const Tensor weight = block(w3, 0, O, c0, channels);
+    if (layout.bf16) {
+      const Dense all = tile_of(activated.data, layout, N, channels);
+      for (const Chunk& chunk : chunks) {
+        const Chunk there{0, chunk.before, chunk.count, 0}, own = all_of(chunk.count);
+        activate(from, chunk, c0, affine2, all, there);
+        const Dense back = tile_of(product.data, layout, chunk.count, channels);
+        multiply(dy3.matrix(there, 0, O), weight, back.matrix(own, 0, channels), false);
+        mask(back, chunk, c0, sums.data);
+      }
+      multiply(turned(dy3.matrix(all_of(N), 0, O)), all.matrix(all_of(N), 0, channels),
+               block(dw3, 0, O, c0, channels), false);
+    } else {
+      // The weight's gradient lies transposed until the end, for its zeros are those of the activated pixels.
+      const Scratch across(channels * O);
+      const int64_t shape[] = {channels, O}, strides[] = {O, 1};
+      const Tensor dweight =
+          torch::stable::from_blob(across.data, {shape, 2}, {strides, 2}, layout.device, layout.dtype);
+      Kept kept(most, channels);
+      for (size_t i = 0; i < chunks.size(); ++i) {
+        const Chunk &chunk = chunks[i], there{0, chunk.before, chunk.count, 0}, own = all_of(chunk.count);
+        const Tensor dy = dy3.matrix(there, 0, O);
+        const Dense tile = activate_turned(from, chunk, c0, channels, affine2, activated.data, kept);
+        multiply(turned(tile.matrix(own, 0, channels)), dy, dweight, i > 0, to.lines(chunk, c0, channels), true);
+        const Dense back = tile_of(product.data, layout, chunk.count, channels);
+        const Beside next = i + 1 < chunks.size() ? from.lines(chunks[i + 1], c0, channels)
+                                                  : Beside{data_of(dw3) + c0, O, E, parts(channels, 16)};
+        multiply(dy, weight, back.matrix(own, 0, channels), false, next, false, &kept);
+        mask(back, chunk, c0, sums.data);
+      }
+      LinearFinish finish{};
+      finish.product = across.data, finish.rows = O, finish.columns = channels;
+      finish.out = data_of(dw3) + c0, finish.ld = E;
+      FUSEKERN_PICK(linear_finish)(finish);
     }
-    if (layout.bf16) multiply(turned(dy3.matrix(all_of(N), 0, O)), all.matrix(all_of(N), 0, channels), dweight, false);
     if (all_sums.data)
       for (int64_t i = 0; i < 2; ++i) std::copy_n(sums.data + i * channels, channels, all_sums.data + i * E + c0);
   });
@@ -733,7 +828,7 @@ void expand_bwd(const Tensor& d,                 // [B, E, H, W]
   if (layout.bf16) {
     for_each(count, [&](int64_t item) {
       const Chunk &chunk = chunks[item], own = all_of(chunk.count);
-      const Scratch memory(floats(layout, chunk.count * E));
+      const Scratch memory(tile_floats(layout, chunk.count, E));
       const Dense tile = tile_of(memory.data, layout, chunk.count, E);
       fill(chunk, 0, tile, own);
       multiply(tile.matrix(own, 0, E), w1, to.matrix(chunk, 0, C), g.has_value());
@@ -741,7 +836,7 @@ void expand_bwd(const Tensor& d,                 // [B, E, H, W]
     const Channels blocks = tiles(E, std::max<int64_t>(N / 4, 1));
     for_each(blocks.count(), [&](int64_t item) {
       const int64_t c0 = blocks.first(item), channels = blocks.channels(item);
-      const Scratch memory(floats(layout, N * channels));
+      const Scratch memory(tile_floats(layout, N, channels));
       const Dense tile = tile_of(memory.data, layout, N, channels);
       for (const Chunk& chunk : chunks) fill(chunk, c0, tile, {0, chunk.before, chunk.count, 0});
       multiply(turned(tile.matrix(all_of(N), 0, channels)), image.matrix(all_of(N)), block(dw1, c0, channels, 0, C),
@@ -757,18 +852,24 @@ void expand_bwd(const Tensor& d,                 // [B, E, H, W]
     const Dense tile = tile_of(memory, layout, chunk.count, channels);
     fill(chunk, c0, tile, own);
     const Tensor dy1 = tile.matrix(own, 0, channels);
-    if (image_too) multiply(dy1, block(w1, c0, channels, 0, C), to.matrix(chunk, 0, C), j > 0 || g.has_value());
-    if (weight_too) multiply(turned(dy1), image.matrix(chunk), block(dw1, c0, channels, 0, C), i > 0);
+    const auto next = [&](const Dense& map) -> Beside {
+      if (image_too && j + 1 < blocks.count()) return map.lines(chunk, blocks.first(j + 1), blocks.channels(j + 1));
+      return i + 1 < count ? map.lines(chunks[i + 1], image_too ? 0 : c0, channels) : Beside{};
+    };
+    if (image_too)
+      multiply(dy1, block(w1, c0, channels, 0, C), to.matrix(chunk, 0, C), j > 0 || g.has_value(), next(from_d));
+    if (weight_too)
+      multiply(turned(dy1), image.matrix(chunk), block(dw1, c0, channels, 0, C), i > 0, next(from_y));
   };
   // One thread fills each tile once; several do it once for either result, each of which is one thread's alone.
   const bool alone = torch::stable::get_num_threads() == 1;
   for_each(count, [&](int64_t i) {
-    const Scratch memory(most * blocks.size);
+    const Scratch memory(tile_floats(layout, most, blocks.size));
     for (int64_t j = 0; j < blocks.count(); ++j) work(i, j, memory.data, true, alone);
   });
   if (alone) return;
   for_each(blocks.count(), [&](int64_t j) {
-    const Scratch memory(most * blocks.size);
+    const Scratch memory(tile_floats(layout, most, blocks.size));
     for (int64_t i = 0; i < count; ++i) work(i, j, memory.data, false, true);
   });
 }

@@ -47,6 +47,9 @@ struct BottleneckDepthwise {
 FUSEKERN_BODY(
     // out = relu6(v0 a + v1)
     void bottleneck_activate(const BottleneckPass& pass);
+    // The same of fp32 from rows to images: pixels of a channel lie side by side in out. Of each pixel a bit a channel,
+    // in `row` bytes: not zero. Returns how many.
+    int64_t bottleneck_activate_turned(const BottleneckPass& pass, uint8_t* bits, int64_t row);
     // out = v0 a + v1 (+ b)
     void bottleneck_affine(const BottleneckPass& pass);
     // out = v0 a + v1 (b - v3) + v2

@@ -209,6 +209,39 @@ static void pass(const BottleneckPass& p) {
     (p.rows ? pass_of<F, float, true> : pass_of<F, float, false>)(p);
 }
 
+// Blocks of W pixels by W channels.
+static int64_t activate_turned(const BottleneckPass& p, uint8_t* bits, int64_t row) {
+  float* const out = static_cast<float*>(p.out.data);
+  int64_t found = 0;
+  for (int64_t n = 0; n < p.pixels; n += W) {
+    const int64_t some = least(W, p.pixels - n);
+    const float* from[W];
+    for (int64_t i = 0; i < some; ++i) from[i] = static_cast<const float*>(p.a.data) + (n + i) * p.a.column;
+    for (int64_t c = 0; c < p.channels; c += W) {
+      const Lanes lanes = first(p.channels - c);
+      const V scale = load(p.vectors[0] + c, lanes), shift = load(p.vectors[1] + c, lanes);
+      V block[W];
+      for (int64_t i = 0; i < W; ++i) {
+        block[i] = zero();
+        if (i >= some) continue;
+        prefetch(from[i] + c + W * p.a.column);  // too far from one another for the CPU to foresee
+        block[i] = relu6(fma(scale, load(from[i] + c, lanes), shift));
+        const uint32_t kept = not_zero(block[i]);
+        found += __builtin_popcount(kept);
+        uint8_t* const to = bits + (n + i) * row + c / 8;
+        if constexpr (W >= 8)
+          __builtin_memcpy(to, &kept, W / 8);
+        else
+          *to = static_cast<uint8_t>(c % 8 == 0 ? kept : *to | kept << 4);
+      }
+      transpose(block);
+      const Lanes down = first(some);
+      for (int64_t i = 0; i < W && c + i < p.channels; ++i) store(out + (c + i) * p.out.channel + n, block[i], down);
+    }
+  }
+  return found;
+}
+
 // ---- mean and squares ----------------------------------------------------------------------------------------------
 
 template <class T, bool WHOLE>
@@ -648,6 +681,10 @@ static void forward_all(const BottleneckDepthwise& op, int64_t item, float* ring
 }  // namespace bottleneck
 
 void bottleneck_activate(const BottleneckPass& p) { bottleneck::pass<bottleneck::Activate>(p); }
+
+int64_t bottleneck_activate_turned(const BottleneckPass& p, uint8_t* bits, int64_t row) {
+  return bottleneck::activate_turned(p, bits, row);
+}
 
 void bottleneck_affine(const BottleneckPass& p) {
   (p.b.data == nullptr ? bottleneck::pass<bottleneck::Affine> : bottleneck::pass<bottleneck::AffineAndAdd>)(p);

@@ -10,5 +10,6 @@
 #include "linear_body.h"
 #include "matrix_product_body.h"
 #include "score_map_body.h"
+#include "sparse_product_body.h"
 
 #endif

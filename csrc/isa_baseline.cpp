@@ -8,3 +8,4 @@
 #include "linear_body.h"
 #include "matrix_product_body.h"
 #include "score_map_body.h"
+#include "sparse_product_body.h"

@@ -69,11 +69,11 @@ void linear_finish(const LinearFinish& f) {
       });
     return;
   }
-  for (int64_t c = 0; c < f.columns; c += W) {
-    const Lanes across = first(f.columns - c);
-    const V bias = f.bias == nullptr ? zero() : load(f.bias + c, across);
-    for (int64_t r = 0; r < f.rows; r += W) {
-      const Lanes down = first(f.rows - r);
+  for (int64_t r = 0; r < f.rows; r += W) {
+    const Lanes down = first(f.rows - r);
+    for (int64_t c = 0; c < f.columns; c += W) {
+      const Lanes across = first(f.columns - c);
+      const V bias = f.bias == nullptr ? zero() : load(f.bias + c, across);
       V block[W];
       for (int i = 0; i < W; ++i)
         block[i] = c + i < f.columns ? load(f.product + (c + i) * f.rows + r, down) : zero();

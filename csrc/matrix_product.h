@@ -7,6 +7,12 @@
 
 namespace fusekern {
 
+// Rows of lines of memory that will be read or written soon, to be fetched into the cache beside other work.
+struct Beside {
+  const float* at;
+  int64_t rows, row, lines;  // from one row to the next, in floats; lines of 16 floats in each
+};
+
 // c [rows][columns] (+)= a [rows][terms] b [terms][columns], in fp32. The columns of c lie side by side, and either the
 // columns or the terms of b.
 struct MatrixProduct {
@@ -15,6 +21,9 @@ struct MatrixProduct {
   float* c;
   int64_t a_row, a_term, b_term, b_column, c_row;  // strides
   bool add;
+  const uint8_t* wanted;  // [rows][columns] bits, for masked_product
+  int64_t wanted_row;     // bytes, of a multiple of 32 columns
+  Beside beside;
 };
 
 // Some rows and columns of a product, which lies transposed, on their way to where they belong, or which are there.
@@ -31,6 +40,14 @@ struct LinearFinish {
 FUSEKERN_BODY(
     int64_t matrix_product_floats();  // of working memory
     void matrix_product(const MatrixProduct& product, float* packed);
+    // Of an a whose terms lie side by side: how many of its numbers are not zero, and the product, to the same bits, by
+    // passing over those that are.
+    int64_t matrix_product_not_zero(const MatrixProduct& product);
+    int64_t sparse_product_floats(const MatrixProduct& product);  // of working memory
+    void sparse_product(const MatrixProduct& product, float* memory);
+    // Of such an a, with zero for what is not wanted of c.
+    int64_t masked_product_floats();  // of working memory
+    void masked_product(const MatrixProduct& product, float* memory);
     // out = product^T + bias (+ residual); activated = gelu(out)
     void linear_finish(const LinearFinish& finish);)
 

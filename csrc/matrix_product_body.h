@@ -29,10 +29,14 @@ struct Ahead {
   }
 };
 
+FUSEKERN_INLINE Ahead ahead_of(const Beside& beside) {
+  return {beside.at, beside.rows * beside.lines, beside.lines, beside.row - beside.lines * LINE, 0};
+}
+
 // Between the terms a line of what is needed next is fetched now and then: it may lie far away.
 template <int M, int N>
 static void tile(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, int64_t terms,
-                 Lanes last, bool add, Ahead ahead) {
+                 Lanes last, bool add, Ahead ahead, Ahead& beside) {
   constexpr int64_t EACH = 8;
   V sums[M][N];
 #pragma GCC unroll 12
@@ -42,7 +46,7 @@ static void tile(const float* a, int64_t row, int64_t step, const float* b, floa
   for (int m = 0; m < M; ++m) prefetch(c + m * ldc), prefetch(c + m * ldc + (N - 1) * W);
   const float *a4 = a + 4 * row, *a8 = a + 8 * row;
   for (int64_t i = 0; i < terms; i += EACH) {
-    Ahead::fetch(ahead);
+    Ahead::fetch(ahead), Ahead::fetch(beside);
     for (int64_t end = i + EACH < terms ? i + EACH : terms, j = i; j < end; ++j, b += 2 * W) {
       V values[N];
 #pragma GCC unroll 2
@@ -69,37 +73,39 @@ static void tile(const float* a, int64_t row, int64_t step, const float* b, floa
 }
 
 template <int M, int N, class... Rest>
-FUSEKERN_INLINE void tile_of(int64_t rows, Rest... rest) {
+FUSEKERN_INLINE void tile_of(int64_t rows, Rest&&... rest) {
   if constexpr (M > 1)
     if (rows < M) return tile_of<M - 1, N>(rows, rest...);
   tile<M, N>(rest...);
 }
 
-// Terms `begin` to `end` of the columns of a panel, with zeros beyond the last.
+// Terms `begin` to `end` of the columns of a panel N vectors wide, with zeros beyond the last.
+template <int N>
 static void pack(const MatrixProduct& p, int64_t column, int64_t columns, int64_t begin, int64_t end, float* to) {
   const float* const from = p.b + column * p.b_column;
-  const Lanes low = first(columns), high = first(columns - W);
   if (p.b_column == 1) {
-    for (int64_t i = begin; i < end; ++i, to += 2 * W) {
-      const float* const row = from + i * p.b_term;
-      store(to, load(row, low)), store(to + W, load(row + W, high));
-    }
+    Lanes lanes[N];
+    for (int n = 0; n < N; ++n) lanes[n] = first(columns - n * W);
+    for (int64_t i = begin; i < end; ++i, to += N * W)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) store(to + n * W, load(from + i * p.b_term + n * W, lanes[n]));
     return;
   }
-  for (int64_t j = 0; j < columns; j += W)
+  for (int64_t j = 0; j < N * W; j += W)
     for (int64_t i = begin; i < end; i += W) {
       V block[W];
       for (int k = 0; k < W; ++k)
         block[k] = j + k >= columns ? zero() : load(from + (j + k) * p.b_column + i * p.b_term, first(end - i));
       transpose(block);
-      for (int64_t k = 0; k < W && i + k < end; ++k) store(to + (i - begin + k) * 2 * W + j, block[k]);
+      for (int64_t k = 0; k < W && i + k < end; ++k) store(to + (i - begin + k) * N * W + j, block[k]);
     }
 }
 
-// A share of the next panel.
+// A share of the next panel, N vectors wide.
+template <int N>
 static Ahead ahead_of(const MatrixProduct& p, int64_t column, int64_t begin, int64_t end, int64_t part,
                       int64_t parts) {
-  const int64_t terms = end - begin, columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
+  const int64_t terms = end - begin, columns = p.columns - column < N * W ? p.columns - column : N * W;
   if (columns <= 0) return {p.b, 0, 1, 0, 0};
   const bool rows_are_terms = p.b_column == 1;
   const int64_t rows = rows_are_terms ? terms : columns, row = rows_are_terms ? p.b_term : p.b_column;
@@ -115,25 +121,27 @@ int64_t matrix_product_floats() { return 2 * W * product::TERMS; }
 
 void matrix_product(const MatrixProduct& p, float* packed) {
   using namespace product;
+  Ahead beside = ahead_of(p.beside);
   int64_t begin = 0;
   for (int64_t blocks = (p.terms + TERMS - 1) / TERMS; blocks > 0; --blocks) {
     const int64_t end = begin + (p.terms - begin + blocks - 1) / blocks;
     const bool add = p.add || begin > 0;
     for (int64_t column = 0; column < p.columns; column += 2 * W) {
       const int64_t columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
-      pack(p, column, columns, begin, end, packed);
+      pack<2>(p, column, columns, begin, end, packed);
       const float* a = p.a + begin * p.a_term;
       float* c = p.c + column;
       // Even parts: with few rows each sum would wait for itself.
       const int64_t parts = (p.rows + TALLEST - 1) / TALLEST;
       for (int64_t part = 0, rows = p.rows; part < parts; ++part) {
         const int64_t some = (rows + parts - part - 1) / (parts - part);
-        const Ahead ahead = ahead_of(p, column + 2 * W, begin, end, part, parts);
+        const Ahead ahead = ahead_of<2>(p, column + 2 * W, begin, end, part, parts);
         if (columns > W)
           tile_of<TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W), add,
-                              ahead);
+                              ahead, beside);
         else
-          tile_of<TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), add, ahead);
+          tile_of<TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), add, ahead,
+                              beside);
         a += some * p.a_row, c += some * p.c_row, rows -= some;
       }
     }

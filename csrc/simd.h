@@ -289,6 +289,32 @@ FUSEKERN_INLINE V interleave(V low, V high) {
 
 // ---- across lanes ------------------------------------------------------------------------------------------------
 
+// Bit i: lane i is not zero; a NaN is not.
+FUSEKERN_INLINE uint32_t not_zero(V x) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif FUSEKERN_WIDTH == 8
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(x[i] != 0.f) << i;
+  return bits;
+#endif
+}
+
+// x with zero in the lanes whose bits are not set.
+FUSEKERN_INLINE V only(V x, uint32_t bits) {
+#if FUSEKERN_WIDTH == 16
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x);
+#elif FUSEKERN_WIDTH == 8
+  const Bits each = {1, 2, 4, 8, 16, 32, 64, 128};
+  return (V)((Bits)x & (Bits)((each & bits) == each));
+#else
+  const Bits each = {1, 2, 4, 8};
+  return (V)((Bits)x & (Bits)((each & bits) == each));
+#endif
+}
+
 FUSEKERN_INLINE float sum(V x) {
 #if FUSEKERN_WIDTH == 16
   return _mm512_reduce_add_ps(x);
@@ -307,6 +333,32 @@ FUSEKERN_INLINE float max(V x) {
   float most = x[0];
   for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
   return most;
+#endif
+}
+
+// Lane i: the sum of row i.
+FUSEKERN_INLINE V sums(V (&rows)[W]) {
+#if FUSEKERN_WIDTH == 16
+  // Of four rows at a time the sums within each quarter, then those of the quarters.
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) {
+    const V a = _mm512_unpacklo_ps(rows[i], rows[i + 1]) + _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    const V b = _mm512_unpacklo_ps(rows[i + 2], rows[i + 3]) + _mm512_unpackhi_ps(rows[i + 2], rows[i + 3]);
+    rows[i / 4] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
+  }
+  const V a = _mm512_shuffle_f32x4(rows[0], rows[1], 0x44) + _mm512_shuffle_f32x4(rows[0], rows[1], 0xee);
+  const V b = _mm512_shuffle_f32x4(rows[2], rows[3], 0x44) + _mm512_shuffle_f32x4(rows[2], rows[3], 0xee);
+  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+#elif FUSEKERN_WIDTH == 8
+#pragma GCC unroll 2
+  for (int i = 0; i < W; i += 4) {
+    const V a = _mm256_unpacklo_ps(rows[i], rows[i + 1]) + _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    const V b = _mm256_unpacklo_ps(rows[i + 2], rows[i + 3]) + _mm256_unpackhi_ps(rows[i + 2], rows[i + 3]);
+    rows[i / 4] = _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xee);
+  }
+  return _mm256_permute2f128_ps(rows[0], rows[1], 0x20) + _mm256_permute2f128_ps(rows[0], rows[1], 0x31);
+#else
+  return V{sum(rows[0]), sum(rows[1]), sum(rows[2]), sum(rows[3])};
 #endif
 }
 
