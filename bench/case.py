@@ -85,6 +85,10 @@ class Case(ABC):
         """Of normal values the tensor of this name: weights keep the variance of what they are multiplied with."""
         return tensor * (tensor.shape[0] / tensor.numel()) ** 0.5 if "weight" in name else tensor
 
+    def timed(self, name: str, tensor: Tensor) -> Tensor:
+        """The same for what is timed, where parity has to be judged on other values than users have."""
+        return self.scaled(name, tensor)
+
     @abstractmethod
     def fused(self, shape: Shape, backend: str, *tensors: Tensor) -> Tensor:
         """fusekern's result, by the backend of this name."""
@@ -134,13 +138,16 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
 
 
-def make(case: Case, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
-    """Normal values, scaled as the case has it."""
+def make(
+    case: Case, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, timed: bool = False
+) -> dict[str, Tensor]:
+    """Normal values, scaled as the case has it: to be judged, or to be timed."""
+    scaled = case.timed if timed else case.scaled
     generator = torch.Generator(device).manual_seed(seed)
     made = {}
     for name, size in case.sizes(shape).items():
         tensor = torch.randn(size, generator=generator, device=device)
-        made[name] = case.scaled(name, tensor).to(dtype)
+        made[name] = scaled(name, tensor).to(dtype)
     return made
 
 
@@ -154,9 +161,9 @@ def with_gradients(call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tenso
 class Truth:
     """What PyTorch says in float64, and in the dtype at hand over its orderings and layouts."""
 
-    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False) -> None:
         self.case, self.shape = case, shape
-        self.tensors = make(case, shape, dtype, device)
+        self.tensors = make(case, shape, dtype, device, timed=timed)
         exact = [tensor.double() for tensor in self.tensors.values()]
         with torch.no_grad():
             size = case.reference(shape, *exact).shape
@@ -178,11 +185,11 @@ class Truth:
     def named(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         """A result's parts and its gradients by name."""
         out, *gradients = found
-        names = (f"d{name}" for name in self.tensors)
+        names = (f"d{name}" for name in self.tensors) if gradients else ()
         return {**self.case.parts(self.shape, out), **dict(zip(names, gradients, strict=True))}
 
     def judge(self, found: Sequence[Tensor]) -> list[str]:
-        """What is wrong with a result and its gradients."""
+        """What is wrong with a result and, if they are given too, its gradients."""
         wrong, others, exact = [], [self.named(peer) for peer in self.peers], self.named(self.exact)
         parts = self.case.parts(self.shape, found[0])
         mine, groups = self.named(found), {}

@@ -6,6 +6,10 @@
 A row is one case, shape, dtype and layout, and holds forward and forward+backward of every contender (``bench.peers``).
 Each row is judged first: the result and all gradients of fusekern's kernel against float64, by the rule of
 ``fusekern.testing``. Where that is red no speed is measured, the reason stands in its place, and the exit code is 1.
+
+Around a ReLU6 two right gradients differ where a value lies beside a kink, so that such cases are judged far from
+kinks, and their result once more on what is timed: norms as PyTorch starts them, behind which half of the numbers are
+zero. A row tells the share of these zeros; kernels may pass over them.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bench import peers, report
 from bench.case import LAYOUTS, Case, Shape, Truth, lay_out, make, with_gradients
@@ -73,6 +79,8 @@ def measure(case: Case, truth: Truth, layout: str, options: argparse.Namespace, 
             contenders[name] = contender
         if name == FUSED:
             row["wrong"] = faults
+    if not row["wrong"] and FUSED in contenders:
+        row["wrong"] = _as_timed(contenders[FUSED], case, truth, layout, row)
     if row["wrong"]:
         return row
     row["memory"] = {
@@ -113,6 +121,38 @@ def _first_call(name: str, contender: peers.Contender, truth: Truth, layout: str
     return wrong if torch.equal(inference, found[0]) else wrong + truth.judge((inference, *found[1:]))
 
 
+def _as_timed(contender: peers.Contender, case: Case, truth: Truth, layout: str, row: dict) -> list[str]:
+    """What is wrong with the result on the values that are timed, of whose zeros this makes a note."""
+    if type(case).timed is Case.timed:
+        return []
+    timed = Truth(case, truth.shape, truth.grad.dtype, truth.grad.device.type, timed=True)
+    tensors = timed.laid_out(layout)
+    with torch.no_grad():
+        with Zeros() as seen:
+            case.eager(truth.shape, *tensors)
+        row["zeros"] = seen.share()
+        with contender.context():
+            return [f"as timed, {fault}" for fault in timed.judge([contender.call(*tensors)])]
+
+
+class Zeros(TorchFunctionMode):
+    """Looks at what comes out of ReLU6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros = self.numbers = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is F.relu6:
+            self.zeros += int((out == 0).sum())
+            self.numbers += out.numel()
+        return out
+
+    def share(self) -> float:
+        return self.zeros / max(self.numbers, 1)
+
+
 def _captures(call, tensors: Sequence[Tensor], expected: Tensor) -> bool:
     results = []
     graph = capture(lambda: results.append(call(*tensors)))
@@ -151,13 +191,12 @@ def _memory(contender: peers.Contender, truth: Truth, layout: str) -> dict[str, 
 
 def _sets(case: Case, truth: Truth, layout: str, device: str) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Input sets to rotate through, and as many gradients."""
-    first = truth.laid_out(layout)
-    bytes_of_inputs = sum(tensor.numel() * tensor.element_size() for tensor in (*first, truth.grad))
-    sets, grads = [first], [lay_out(truth.grad, layout)]
-    for seed in range(1, rotation(device, bytes_of_inputs)):
-        made = make(case, truth.shape, truth.grad.dtype, device, seed)
+    bytes_of_inputs = sum(tensor.numel() * tensor.element_size() for tensor in (*truth.tensors.values(), truth.grad))
+    sets, grads = [], []
+    for seed in range(rotation(device, bytes_of_inputs)):
+        made = make(case, truth.shape, truth.grad.dtype, device, seed, timed=True)
         sets.append([lay_out(tensor, layout) for tensor in made.values()])
-        grads.append(grads[0].clone())
+        grads.append(lay_out(truth.grad, layout).clone())
     return sets, grads
 
 

@@ -198,25 +198,33 @@ bool worth_masking(const MatrixProduct& p, const Kept& kept) {
   return static_cast<double>(kept.count) < (cpu_isa() == Isa::avx512 ? 0.6 : 0.35) * p.rows * p.columns;
 }
 
-// to = a b, or to += a b. In fp32 the body's product, which torch's does not reach, where the CPU has FMA. With
-// `activated` zeros are looked for in a; of what is not `kept` of the result anything may come out.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add, const Beside& beside = {},
-              bool activated = false, const Kept* kept = nullptr) {
+// What is known of a product beside its matrices.
+struct Hints {
+  Beside beside{};                 // to be fetched meanwhile
+  bool activated = false;          // zeros are looked for in the left matrix
+  const Kept* kept = nullptr;      // of what is not kept of the result anything may come out
+  const Tensor* addend = nullptr;  // what is added to, if not what the result holds; in its layout
+};
+
+// to = a b, or to += a b. In fp32 the body's product, which torch's does not reach, where the CPU has FMA.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add, const Hints& hints = {}) {
   const bool own = to.scalar_type() == ScalarType::Float && cpu_isa() != Isa::baseline;
   const auto can = [](const Tensor& b, int columns) { return b.stride(columns) == 1 || b.stride(1 - columns) == 1; };
   MatrixProduct p{};
-  p.c = static_cast<float*>(to.data_ptr()), p.terms = a.size(1), p.add = add, p.beside = beside;
+  p.c = static_cast<float*>(to.data_ptr()), p.terms = a.size(1), p.add = add, p.beside = hints.beside;
   const auto run = [&](const Tensor& a, const Tensor& b, int rows, int columns) {
     p.rows = to.size(rows), p.columns = to.size(columns);
     p.a = static_cast<const float*>(a.data_ptr()), p.b = static_cast<const float*>(b.data_ptr());
     p.a_row = a.stride(rows), p.a_term = a.stride(columns), p.b_term = b.stride(rows), p.b_column = b.stride(columns);
     p.c_row = to.stride(rows);
-    if (rows == 0 && activated && worth_sparse(p)) {
+    if (add && hints.addend != nullptr)
+      p.addend = static_cast<const float*>(hints.addend->data_ptr()), p.addend_row = hints.addend->stride(rows);
+    if (rows == 0 && hints.activated && worth_sparse(p)) {
       const Scratch memory(FUSEKERN_PICK(sparse_product_floats)(p));
       return FUSEKERN_PICK(sparse_product)(p, memory.data);
     }
-    if (rows == 0 && kept != nullptr && worth_masking(p, *kept)) {
-      p.wanted = kept->bits.data(), p.wanted_row = kept->row;
+    if (rows == 0 && hints.kept != nullptr && worth_masking(p, *hints.kept)) {
+      p.wanted = hints.kept->bits.data(), p.wanted_row = hints.kept->row;
       const Scratch memory(FUSEKERN_PICK(masked_product_floats)());
       return FUSEKERN_PICK(masked_product)(p, memory.data);
     }
@@ -225,7 +233,8 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add, cons
   };
   if (own && to.stride(1) == 1 && can(b, 1)) return run(a, b, 0, 1);
   if (own && to.stride(0) == 1 && can(a, 0)) return run(b, a, 1, 0);  // transposed
-  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1., 1.)
+  const Tensor& before = hints.addend != nullptr ? *hints.addend : to;
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), before.get(), a.get(), b.get(), 1., 1.)
                              : aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
 }
 
@@ -521,7 +530,7 @@ void project_fwd(const Tensor& y2,       // [B, E, h, w]
       const Dense tile = tile_of(memory.data, layout, chunk.count, channels);
       activate(from, chunk, c0, affine2, tile, all_of(chunk.count));
       multiply(tile.matrix(all_of(chunk.count), 0, channels), block(w3, 0, O, c0, channels, true),
-               to.matrix(chunk, 0, O), i > 0, next(item, i), true);
+               to.matrix(chunk, 0, O), i > 0, {next(item, i), true});
     }
     if (stats.data) add_moments(to, chunk, 0, O, partial.data + 3 * O * item, 0);
   });
@@ -641,7 +650,7 @@ void infer(const Tensor& x,        // [B, C, H, W]
           multiply(filtered(slot, 0, count).matrix(all, 0, E), block(w3, o0, channels, 0, E, true), to_share, false);
         for (int64_t i = first; !layout.bf16 && i < std::min(first + together, blocks.count()); ++i)
           multiply(filtered(slot, i, count).matrix(all, 0, blocks.channels(i)),
-                   block(w3, o0, channels, blocks.first(i), blocks.channels(i), true), to_share, i > 0, {}, true);
+                   block(w3, o0, channels, blocks.first(i), blocks.channels(i), true), to_share, i > 0, {{}, true});
         if (first + together < blocks.count()) return;
         const int64_t n = y0 * w;
         const Chunk there = rows ? Chunk{0, b * h * w + n, count, 0} : Chunk{b, n, count, 0};
@@ -754,11 +763,11 @@ void project_bwd(const Tensor& g,        // [B, O, h, w]
         const Chunk &chunk = chunks[i], there{0, chunk.before, chunk.count, 0}, own = all_of(chunk.count);
         const Tensor dy = dy3.matrix(there, 0, O);
         const Dense tile = activate_turned(from, chunk, c0, channels, affine2, activated.data, kept);
-        multiply(turned(tile.matrix(own, 0, channels)), dy, dweight, i > 0, to.lines(chunk, c0, channels), true);
+        multiply(turned(tile.matrix(own, 0, channels)), dy, dweight, i > 0, {to.lines(chunk, c0, channels), true});
         const Dense back = tile_of(product.data, layout, chunk.count, channels);
         const Beside next = i + 1 < chunks.size() ? from.lines(chunks[i + 1], c0, channels)
                                                   : Beside{data_of(dw3) + c0, O, E, parts(channels, 16)};
-        multiply(dy, weight, back.matrix(own, 0, channels), false, next, false, &kept);
+        multiply(dy, weight, back.matrix(own, 0, channels), false, {next, false, &kept});
         mask(back, chunk, c0, sums.data);
       }
       LinearFinish finish{};
@@ -820,7 +829,8 @@ void expand_bwd(const Tensor& d,                 // [B, E, H, W]
   const int64_t count = static_cast<int64_t>(chunks.size()), most = chunks[0].count;
   const Dense from_d = dense(d, layout), from_y = dense(y1, layout), to = dense(dx, layout);
   const Image image(x, layout, layout.bf16);
-  if (g) torch::stable::copy_(dx, *g);
+  const bool as_it_is = g && !layout.bf16 && is_dense(*g, layout.rows);
+  if (g && !as_it_is) torch::stable::copy_(dx, *g);
   const auto fill = [&](const Chunk& chunk, int64_t c0, const Dense& tile, const Chunk& there) {
     through_norm(from_d.pixels(chunk, c0), from_y.pixels(chunk, c0), chunk.count, c0, coef1, tile, there);
   };
@@ -856,10 +866,13 @@ void expand_bwd(const Tensor& d,                 // [B, E, H, W]
       if (image_too && j + 1 < blocks.count()) return map.lines(chunk, blocks.first(j + 1), blocks.channels(j + 1));
       return i + 1 < count ? map.lines(chunks[i + 1], image_too ? 0 : c0, channels) : Beside{};
     };
-    if (image_too)
-      multiply(dy1, block(w1, c0, channels, 0, C), to.matrix(chunk, 0, C), j > 0 || g.has_value(), next(from_d));
+    if (image_too) {
+      const Tensor residual = (as_it_is ? dense(*g, layout) : to).matrix(chunk, 0, C);
+      multiply(dy1, block(w1, c0, channels, 0, C), to.matrix(chunk, 0, C), j > 0 || g.has_value(),
+               {next(from_d), false, nullptr, j == 0 ? &residual : nullptr});
+    }
     if (weight_too)
-      multiply(turned(dy1), image.matrix(chunk), block(dw1, c0, channels, 0, C), i > 0, next(from_y));
+      multiply(turned(dy1), image.matrix(chunk), block(dw1, c0, channels, 0, C), i > 0, {next(from_y)});
   };
   // One thread fills each tile once; several do it once for either result, each of which is one thread's alone.
   const bool alone = torch::stable::get_num_threads() == 1;

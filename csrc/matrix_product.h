@@ -21,6 +21,8 @@ struct MatrixProduct {
   float* c;
   int64_t a_row, a_term, b_term, b_column, c_row;  // strides
   bool add;
+  const float* addend;  // of matrix_product: what is added to lies here, null for in c itself
+  int64_t addend_row;
   const uint8_t* wanted;  // [rows][columns] bits, for masked_product
   int64_t wanted_row;     // bytes, of a multiple of 32 columns
   Beside beside;

@@ -36,7 +36,7 @@ FUSEKERN_INLINE Ahead ahead_of(const Beside& beside) {
 // Between the terms a line of what is needed next is fetched now and then: it may lie far away.
 template <int M, int N>
 static void tile(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, int64_t terms,
-                 Lanes last, bool add, Ahead ahead, Ahead& beside) {
+                 Lanes last, const float* addend, int64_t lda, Ahead ahead, Ahead& beside) {
   constexpr int64_t EACH = 8;
   V sums[M][N];
 #pragma GCC unroll 12
@@ -44,6 +44,8 @@ static void tile(const float* a, int64_t row, int64_t step, const float* b, floa
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) sums[m][n] = zero();
   for (int m = 0; m < M; ++m) prefetch(c + m * ldc), prefetch(c + m * ldc + (N - 1) * W);
+  if (addend != nullptr && addend != c)
+    for (int m = 0; m < M; ++m) prefetch(addend + m * lda), prefetch(addend + m * lda + (N - 1) * W);
   const float *a4 = a + 4 * row, *a8 = a + 8 * row;
   for (int64_t i = 0; i < terms; i += EACH) {
     Ahead::fetch(ahead), Ahead::fetch(beside);
@@ -65,10 +67,11 @@ static void tile(const float* a, int64_t row, int64_t step, const float* b, floa
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
       float* const to = c + m * ldc + n * W;
+      const float* const from = addend + m * lda + n * W;
       if (n < N - 1)
-        store(to, add ? load(to) + sums[m][n] : sums[m][n]);
+        store(to, addend != nullptr ? load(from) + sums[m][n] : sums[m][n]);
       else
-        store(to, add ? load(to, last) + sums[m][n] : sums[m][n], last);
+        store(to, addend != nullptr ? load(from, last) + sums[m][n] : sums[m][n], last);
     }
 }
 
@@ -125,24 +128,28 @@ void matrix_product(const MatrixProduct& p, float* packed) {
   int64_t begin = 0;
   for (int64_t blocks = (p.terms + TERMS - 1) / TERMS; blocks > 0; --blocks) {
     const int64_t end = begin + (p.terms - begin + blocks - 1) / blocks;
-    const bool add = p.add || begin > 0;
+    const bool further = begin > 0 || p.addend == nullptr;  // c itself has what is added to
+    const float* const addend = further ? p.add || begin > 0 ? p.c : nullptr : p.addend;
+    const int64_t lda = further ? p.c_row : p.addend_row;
     for (int64_t column = 0; column < p.columns; column += 2 * W) {
       const int64_t columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
       pack<2>(p, column, columns, begin, end, packed);
       const float* a = p.a + begin * p.a_term;
       float* c = p.c + column;
+      const float* from = addend == nullptr ? nullptr : addend + column;
       // Even parts: with few rows each sum would wait for itself.
       const int64_t parts = (p.rows + TALLEST - 1) / TALLEST;
       for (int64_t part = 0, rows = p.rows; part < parts; ++part) {
         const int64_t some = (rows + parts - part - 1) / (parts - part);
         const Ahead ahead = ahead_of<2>(p, column + 2 * W, begin, end, part, parts);
         if (columns > W)
-          tile_of<TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W), add,
-                              ahead, beside);
+          tile_of<TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W), from,
+                              lda, ahead, beside);
         else
-          tile_of<TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), add, ahead,
-                              beside);
+          tile_of<TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), from, lda,
+                              ahead, beside);
         a += some * p.a_row, c += some * p.c_row, rows -= some;
+        if (from != nullptr) from += some * lda;
       }
     }
     begin = end;
