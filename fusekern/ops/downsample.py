@@ -156,7 +156,8 @@ def downsample(
     check_shape("image", image, "B C H W")
     channels = image.shape[1]
     group = weight.shape[1] if weight.dim() == 4 else 0
-    if weight.shape != (channels, group, 3, 3) or group not in (1, channels):
+    # Not `group not in (1, channels)`: torch before 2.14 compiles that wrong where the weight is a module's own.
+    if weight.shape != (channels, group, 3, 3) or (group != 1 and group != channels):
         raise ValueError(
             f"weight must be [C, C, 3, 3] or [C, 1, 3, 3] with C = {channels}; got shape {list(weight.shape)}"
         )

@@ -26,7 +26,7 @@ CASES = [
     (1, 161, 1, 256, 6, 11, "nchw"),
     (1, 200, 3, 20, 13, 17, "permuted"),
     (2, 847, 1, 32, 3, 3, "expanded"),
-    (1, 16, 8, 1, 4, 70, "cropped"),
+    (4, 16, 8, 1, 4, 70, "cropped"),
 ]
 # Tokens enough for several programs to share a block of queries, in both directions.
 SPLIT = [
