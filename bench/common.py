@@ -21,17 +21,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bench import peers, report
 from bench.case import LAYOUTS, Case, Shape, Truth, lay_out, make, with_gradients
 from bench.peers import FUSED, GRAPHED
 from bench.timing import STATISTIC, Burst, Ceilings, capture, interleaved, keep_freed_memory, rotation
+from bench.zeros import Zeros
 
 RESULTS = report.ROOT / "bench" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,27 +130,9 @@ def _as_timed(contender: peers.Contender, case: Case, truth: Truth, layout: str,
     with torch.no_grad():
         with Zeros() as seen:
             case.eager(truth.shape, *tensors)
-        row["zeros"] = seen.share()
+        row["zeros"] = fmean(seen.before_products())
         with contender.context():
             return [f"as timed, {fault}" for fault in timed.judge([contender.call(*tensors)])]
-
-
-class Zeros(TorchFunctionMode):
-    """Looks at what comes out of ReLU6."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zeros = self.numbers = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function is F.relu6:
-            self.zeros += int((out == 0).sum())
-            self.numbers += out.numel()
-        return out
-
-    def share(self) -> float:
-        return self.zeros / max(self.numbers, 1)
 
 
 def _captures(call, tensors: Sequence[Tensor], expected: Tensor) -> bool:

@@ -185,9 +185,7 @@ class WithoutZeros(Training):
     name = "inverted_bottleneck without zeros"
     shapes = {name: shapes("1,512,16,6", "1,256,64,2") for name in ("cpu", "cuda", "headline", "compile")}
     shapes["quick"] = ()
-
-    def timed(self, name, tensor):
-        return self.scaled(name, tensor)
+    timed = Case.timed
 
 
 class Depthwise(Training):
@@ -199,6 +197,7 @@ class Depthwise(Training):
 
     name = "inverted_bottleneck depthwise"
     others = {"eager-convolution": "alone"}
+    timed = Case.timed
 
     def sizes(self, shape):
         e = shape.channels * shape.tokens
@@ -206,9 +205,6 @@ class Depthwise(Training):
 
     def scaled(self, name, tensor):
         return 3 + 0.4 * tensor if name == "image" else super().scaled(name, tensor)
-
-    def timed(self, name, tensor):
-        return self.scaled(name, tensor)
 
     def arguments(self, shape, image, depthwise):
         expand = depthwise.new_empty(1, 1, 1, 1).expand(image.shape[1], image.shape[1], 1, 1)

@@ -149,6 +149,7 @@ static void fill_wanted(const MatrixProduct& p, const float* b, int64_t column, 
   alignas(64) float dots[COLUMNS][W] = {};  // of the two rows, before their lanes are added up
   for (int64_t row = 0; row < p.rows; ++row) {
     near.next(), beside.next();
+    fetch_near(p.a + (row + 1) * p.a_row + begin, N * W);
     uint32_t wanted;
     __builtin_memcpy(&wanted, p.wanted + row * p.wanted_row + column / 8, 4);
     V a[N];
