@@ -222,7 +222,14 @@ def test_the_last_program_finishes(case, parts, dtype, monkeypatch):
     def forward(left: kernels.Left | None) -> list[Tensor]:
         y3, vectors = torch.empty_like(block.y3), torch.full((5, out), float("nan"), device=DEVICE)
         norm = vectors, weight[:out], None, 0.1
-        kernels.inverted_bottleneck_project_fwd(block.y2, block.affine2, block.w3, y3, None, *norm, left=left)
+        arguments = block.y2, block.affine2, block.w3, y3
+        kernels.inverted_bottleneck_project_fwd(*arguments, None, *norm, left=left)
+        if left is not None:  # or stats, for a norm over several processes
+            stats = torch.empty(2, out, device=DEVICE)
+            kernels.inverted_bottleneck_project_fwd(*arguments, stats, left=new_left())
+            pixels = y3.numel() // out
+            assert torch.equal(stats[0], vectors[2])
+            torch.testing.assert_close(stats[1] / pixels, vectors[3])
         return [y3, vectors]
 
     def backward(left: kernels.Left | None) -> list[Tensor]:
@@ -232,6 +239,10 @@ def test_the_last_program_finishes(case, parts, dtype, monkeypatch):
         arguments = block.g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3, dz, dw3
         summed = sums, coef, dweight, seen, weight, 0.1, True, dbias
         kernels.inverted_bottleneck_project_bwd(*arguments, *summed, left=left)
+        if left is not None:
+            alone = torch.empty_like(sums)
+            kernels.inverted_bottleneck_project_bwd(*arguments, alone, left=new_left())
+            assert torch.equal(alone, sums)
         return [dz, dw3, sums, coef, dweight, dbias]
 
     monkeypatch.setattr(kernels.batch_norm, "join", Mock(wraps=kernels.batch_norm.join))
