@@ -109,10 +109,8 @@ class FourResults(TextPath):
 
 
 def _inverted_bottleneck(shape: Shape, inputs: Sequence[Tensor], grad: Tensor, processor: Processor | None) -> Plan:
-    image, expand, _, project, *vectors = inputs
-    plan = inverted_bottleneck.launches(image, expand.shape[0], project.shape[0])
-    # The gradients of the norms' parameters are in fp32 until autograd gives them away.
-    return {**plan, "bwd": (*plan["bwd"], *["copy"] * (0 if grad.dtype == torch.float32 else len(vectors)))}
+    image, expand, _, project, *_ = inputs
+    return inverted_bottleneck.launches(image, expand.shape[0], project.shape[0])
 
 
 class PlainNorms(Training):

@@ -2,8 +2,8 @@
 //
 // A block stages a tile of what its windows read, with its halo, in shared memory: relu6(v1), or dy2. So the norm and
 // ReLU6 are computed once for an element, not once for each tap. y1 of the backward needs no halo, since one window of
-// dy2 gives both gradients. Blocks walk over several tiles and leave partial sums, which a second kernel adds in a
-// fixed order.
+// dy2 gives both gradients. Blocks walk over several tiles and leave partial sums, which the last of them to arrive adds
+// in a fixed order, or a second kernel where they are many.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -273,6 +273,54 @@ __device__ __forceinline__ float value_of(const Parameter& parameter, int channe
   return static_cast<const float*>(data)[channel];
 }
 
+__device__ __forceinline__ void store_value(const Gradient& to, int channel, float value) {
+  if (!to.data) return;
+  if (to.type == Type::bfloat16)
+    static_cast<__nv_bfloat16*>(to.data)[channel] = static_cast<__nv_bfloat16>(value);
+  else if (to.type == Type::float16)
+    static_cast<__half*>(to.data)[channel] = static_cast<__half>(value);
+  else
+    static_cast<float*>(to.data)[channel] = value;
+}
+
+// Is this block the last of `count`? Then what the others have stored lies behind the L1 cache.
+__device__ __forceinline__ bool last_to_arrive(int* counter, int count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(counter, 1) == count - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// What the parts' moments, load(part, channel), come to in each of the block's channels, for the thread of that number.
+template <class Tile, class Load>
+__device__ __forceinline__ Moments join_parts(Moments* shared, int block, int parts, int channels, const Load& load) {
+  constexpr int WIDTH = Tile::CHANNELS, SHARES = Tile::THREADS / WIDTH;
+  static_assert(Tile::THREADS % WIDTH == 0 && sizeof(Moments) * Tile::THREADS <= 48 * 64);
+  const int channel = block + threadIdx.x % WIDTH, share = threadIdx.x / WIDTH;
+  Moments mine{0.f, 0.f, 0.f};
+  if (channel < channels) {
+#pragma unroll 8
+    for (int i = share; i < parts; i += SHARES) mine = merge(mine, load(i, channel));
+  }
+  shared[threadIdx.x] = mine;
+  __syncthreads();
+  if (share == 0) {
+#pragma unroll 1
+    for (int i = 1; i < SHARES; ++i) mine = merge(mine, shared[i * WIDTH + threadIdx.x]);
+  }
+  return mine;
+}
+
+__device__ __forceinline__ void norm_forward(const Moments& seen, const NormForward& norm, int channel, float* vectors,
+                                             int64_t channels) {
+  fusekern::norm_forward(seen.mean, seen.m2 * inverse_of(seen.count), seen.m2 * inverse_of(seen.count - 1.f),
+                         value_of(norm.weight, channel, 1.f), value_of(norm.bias, channel, 0.f), norm.eps, vectors,
+                         channels);
+}
+
 // ---- launches ----------------------------------------------------------------------------------------------------
 
 // f.operator()<T, Tile>() for what the problem asks: elements of three types, windows of 3 and 5, strides of 1 and 2,
@@ -320,7 +368,7 @@ Grid grid_of(const Problem& p) {
   return grid;
 }
 
-int parts_of(const Grid& grid) { return (grid.tiles + grid.run - 1) / grid.run; }
+FUSEKERN_BOTH int parts_of(const Grid& grid) { return (grid.tiles + grid.run - 1) / grid.run; }
 
 template <bool BACKWARD>
 int parts_of_problem(const Problem& problem) {

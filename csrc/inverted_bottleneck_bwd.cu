@@ -5,11 +5,26 @@ namespace fusekern::dw {
 
 namespace {
 
+// The sums of a channel, and what the norm makes of them.
+__device__ __forceinline__ void tell(float first, float second, float* sums, const NormBackward& norm, float count,
+                                     int channel, int E) {
+  sums[channel] = first;
+  sums[E + channel] = second;
+  store_value(norm.dbias, channel, first);
+  if (!norm.coef) return;
+  float dweight;
+  norm_backward(norm.vectors + channel, second, first * inverse_of(count), second * inverse_of(count),
+                value_of(norm.weight, channel, 1.f), norm.eps, norm.batch, norm.coef + channel, &dweight, E);
+  store_value(norm.dweight, channel, dweight);
+}
+
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     bn_relu6_dw_bwd_kernel(const T* __restrict__ dz, const T* __restrict__ y2, const float* __restrict__ coef,
                     const T* __restrict__ y1, const float* __restrict__ affine, const float* __restrict__ mean,
-                    const T* __restrict__ weight, T* __restrict__ d, float* __restrict__ partial, Grid grid) {
+                    const T* __restrict__ weight, T* __restrict__ d, float* __restrict__ partial,
+                    T* __restrict__ dweight, float* __restrict__ totals, NormBackward norm, float count,
+                    int* __restrict__ arrived, Grid grid) {
   constexpr int K = Tile::K, V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T);
   constexpr int TILE = Tile::SIZE * sizeof(T);
   constexpr int WEIGHT = Tile::K * Tile::K * Tile::CHANNELS * sizeof(T);
@@ -142,6 +157,23 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     each([&](int k, int v, float& value) {
       if (channel + v < E) partial[(static_cast<int64_t>(part) * Tile::SUMS + k) * E + channel + v] = value;
     });
+  if (!arrived || !last_to_arrive(arrived + blockIdx.x % blocks, parts_of(grid))) return;
+#pragma unroll 1
+  for (int i = thread; i < Tile::SUMS * Tile::CHANNELS; i += Tile::THREADS) {
+    const int k = i / Tile::CHANNELS, c = block + i % Tile::CHANNELS;
+    if (c >= E) continue;
+    float total = 0.f;
+#pragma unroll 16
+    for (int i = 0; i < parts_of(grid); ++i)
+      total += __ldcg(partial + (static_cast<int64_t>(i) * Tile::SUMS + k) * E + c);
+    if (k < K * K)
+      dweight[static_cast<int64_t>(c) * (K * K) + k] = static_cast<T>(total);
+    else
+      sums[(k - K * K) * Tile::CHANNELS + c - block] = total;
+  }
+  __syncthreads();
+  if (thread < Tile::CHANNELS && block + thread < E)
+    tell(sums[thread], sums[Tile::CHANNELS + thread], totals, norm, count, block + thread, E);
 }
 
 // The sum of a row of the parts, for the first of the threads that share a channel.
@@ -174,13 +206,7 @@ __global__ void __launch_bounds__(WIDE* WIDE)
     return;
   }
   const float second = sum_of(partial, shared, channel, share, k + 1, parts, rows, E);
-  if (share != 0 || channel >= E) return;
-  sums[channel] = first;
-  sums[E + channel] = second;
-  if (norm.coef)
-    norm_backward(norm.vectors + channel, second, first * inverse_of(count), second * inverse_of(count),
-                  value_of(norm.weight, channel, 1.f), norm.eps, norm.batch, norm.coef + channel,
-                  norm.dweight + channel, E);
+  if (share == 0 && channel < E) tell(first, second, sums, norm, count, channel, E);
 }
 
 }  // namespace
@@ -193,11 +219,13 @@ const char* launch(const Problem& problem, const Backward& t, void* stream) {
     grid.source.wide &= aligned({t.dz, t.y2});
     grid.target.wide &= aligned({t.y1, t.d});
     const auto read = [](const void* pointer) { return static_cast<const T*>(pointer); };
+    const float count = static_cast<float>(static_cast<int64_t>(problem.B) * problem.H * problem.W);
     if (const char* error = start(bn_relu6_dw_bwd_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS,
                                   stream, read(t.dz), read(t.y2), t.coef, read(t.y1), t.affine, t.mean, read(t.weight),
-                                  static_cast<T*>(t.d), t.partial, grid))
+                                  static_cast<T*>(t.d), t.partial, static_cast<T*>(t.dweight), t.sums, t.norm, count,
+                                  t.arrived, grid))
       return error;
-    const float count = static_cast<float>(static_cast<int64_t>(problem.B) * problem.H * problem.W);
+    if (t.arrived) return nullptr;
     return start(bn_relu6_dw_sums_kernel<T>, dim3((problem.E + WIDE - 1) / WIDE, Tile::SUMS - 1), dim3(WIDE, WIDE),
                  stream, t.partial, static_cast<T*>(t.dweight), t.sums, t.norm, count, parts_of(grid), Tile::SUMS,
                  problem.E);

@@ -104,32 +104,62 @@ float* vectors_of(const char* name, const Vector& t, const Tensor& like, std::in
   return data<float>(*t);
 }
 
-dw::Parameter parameter_of(const char* name, const Vector& t, const Tensor& y1) {
+// Of fp32 or of the maps' dtype.
+template <class Of>
+Of parameter_of(const char* name, const Vector& t, const Tensor& y1) {
   if (!t) return {nullptr, dw::Type::float32};
   const bool wide = t->scalar_type() == ScalarType::Float;
   check_dense(name, *t, y1, {y1.size(1)}, wide ? ScalarType::Float : y1.scalar_type());
   return {t->data_ptr(), wide ? dw::Type::float32 : type_of(y1)};
 }
 
+// As many as there may be blocks of channels.
+int* counters_of(const Vector& t, const Tensor& y1) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() && t->numel() >= (y1.size(1) + 7) / 8,
+                  "arrived must be int32 and contiguous, an element for 8 channels");
+  STD_TORCH_CHECK(t->get_device_index() == y1.get_device_index() && t->is_cuda(), "arrived is on another device");
+  return data<int>(*t);
+}
+
 void bn_relu6_dw_fwd(const Tensor& y1,      // [B, E, H, W]
-                     const Vector& affine,  // [2, E], or none: then y1 is relu6(v1) already
+                     const Vector& affine,  // [2, E], or none: then there is partial1, or y1 is relu6(v1) already
                      const Tensor& weight,  // [E, k, k]
                      int64_t stride,
                      Tensor y2,       // [B, E, h, w]
                      Vector stats,    // [2, E]
                      Vector vectors,  // [5, E], of the norm behind y2
-                     const Vector& norm_weight, const Vector& norm_bias, double eps) {
+                     const Vector& norm_weight, const Vector& norm_bias, double eps,
+                     Vector arrived,          // zeros
+                     const Vector& partial1,  // [parts, 2, E], of y1, with the size and the pixels of a tile
+                     int64_t size1, int64_t pixels1,
+                     Vector vectors1,  // [5, E], of the norm behind y1
+                     const Vector& weight1, const Vector& bias1, double eps1) {
   const dw::Problem problem = problem_of(y1, y2, weight, stride, {&y1}, {&y2});
   const int64_t E = problem.E;
   const float* const scale_and_shift = vectors_of("affine", affine, y1, {2, E});
   float* const moments = vectors_of("stats", stats, y1, {2, E});
-  const dw::NormForward norm{parameter_of("norm_weight", norm_weight, y1), parameter_of("norm_bias", norm_bias, y1),
+  const auto parameter = parameter_of<dw::Parameter>;
+  const dw::NormForward norm{parameter("norm_weight", norm_weight, y1), parameter("norm_bias", norm_bias, y1),
                              static_cast<float>(eps), vectors_of("vectors", vectors, y1, {5, E})};
+  dw::Before before{};
+  if (partial1) {
+    const int64_t parts = partial1->size(0), tiles = pixels1 > 0 ? (size1 + pixels1 - 1) / pixels1 : 0;
+    STD_TORCH_CHECK(!affine && vectors1, "partial1 stands in the place of affine, and needs vectors1");
+    STD_TORCH_CHECK(tiles > 0 && parts % tiles == 0 && parts / tiles * size1 == y1.numel() / E,
+                    "partial1 is not of the pixels of y1");
+    before = {vectors_of("partial1", partial1, y1, {parts, 2, E}),
+              static_cast<int>(parts),
+              static_cast<int>(size1),
+              static_cast<int>(pixels1),
+              {parameter("weight1", weight1, y1), parameter("bias1", bias1, y1), static_cast<float>(eps1),
+               vectors_of("vectors1", vectors1, y1, {5, E})}};
+  }
   const torch::stable::accelerator::DeviceGuard device(y1.get_device_index());
   Vector partial;
   if (stats || vectors) partial = working_memory(stats ? *stats : *vectors, dw::forward_parts(problem), 3, E);
   const dw::Forward tensors{y1.data_ptr(), scale_and_shift, weight.data_ptr(), y2.data_ptr(),
-                            partial ? data<float>(*partial) : nullptr, moments, norm};
+                            partial ? data<float>(*partial) : nullptr, moments, norm, counters_of(arrived, y1), before};
   const char* error = dw::launch(problem, tensors, current_stream(y1));
   STD_TORCH_CHECK(!error, "bn_relu6_dw_fwd: ", error ? error : "");
 }
@@ -148,7 +178,9 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
                      Vector coef1,         // [4, E], of the norm behind y1
                      Vector norm_dweight,  // [E]
                      const Vector& vectors,  // [5, E]
-                     const Vector& norm_weight, double eps, bool batch) {
+                     const Vector& norm_weight, double eps, bool batch,
+                     Vector norm_dbias,  // [E]
+                     Vector arrived) {   // zeros
   const dw::Problem problem = problem_of(y1, y2, weight, stride, {&y1, &d}, {&y2, &dz});
   const int E = problem.E, K = problem.K;
   check_dense("coef", coef, y1, {4, E}, ScalarType::Float);
@@ -159,16 +191,18 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
   STD_TORCH_CHECK(coef1.has_value() == norm_dweight.has_value() && (!coef1 || vectors),
                   "coef1 and norm_dweight belong together, and need vectors");
   const dw::NormBackward norm{vectors_of("vectors", vectors, y1, {5, E}),
-                              parameter_of("norm_weight", norm_weight, y1),
+                              parameter_of<dw::Parameter>("norm_weight", norm_weight, y1),
                               static_cast<float>(eps),
                               batch,
                               vectors_of("coef1", coef1, y1, {4, E}),
-                              vectors_of("norm_dweight", norm_dweight, y1, {E})};
+                              parameter_of<dw::Gradient>("norm_dweight", norm_dweight, y1),
+                              parameter_of<dw::Gradient>("norm_dbias", norm_dbias, y1)};
   const torch::stable::accelerator::DeviceGuard device(y1.get_device_index());
   const Tensor partial = working_memory(affine, dw::backward_parts(problem), K * K + 2, E);
   const dw::Backward tensors{dz.data_ptr(),       y2.data_ptr(),           data<const float>(coef), y1.data_ptr(),
                              data<const float>(affine), data<const float>(mean), weight.data_ptr(), d.data_ptr(),
-                             dweight.data_ptr(),  data<float>(partial),    data<float>(sums),       norm};
+                             dweight.data_ptr(),  data<float>(partial),    data<float>(sums),       norm,
+                             counters_of(arrived, y1)};
   const char* error = dw::launch(problem, tensors, current_stream(y1));
   STD_TORCH_CHECK(!error, "bn_relu6_dw_bwd: ", error ? error : "");
 }
@@ -178,12 +212,14 @@ void bn_relu6_dw_bwd(const Tensor& dz,      // [B, E, h, w]
 STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cuda, m) {
   m.def(
       "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats, "
-      "Tensor(c!)? vectors=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.) -> ()");
+      "Tensor(c!)? vectors=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0., "
+      "Tensor(d!)? arrived=None, Tensor? partial1=None, int size1=0, int pixels1=0, Tensor(e!)? vectors1=None, "
+      "Tensor? weight1=None, Tensor? bias1=None, float eps1=0.) -> ()");
   m.def(
       "bn_relu6_dw_bwd(Tensor dz, Tensor y2, Tensor coef, Tensor y1, Tensor affine, Tensor mean, Tensor weight, "
       "int stride, Tensor(a!) d, Tensor(b!) dweight, Tensor(c!) sums, Tensor(d!)? coef1=None, "
-      "Tensor(e!)? norm_dweight=None, Tensor? vectors=None, Tensor? norm_weight=None, float eps=0., bool batch=True) "
-      "-> ()");
+      "Tensor(e!)? norm_dweight=None, Tensor? vectors=None, Tensor? norm_weight=None, float eps=0., bool batch=True, "
+      "Tensor(f!)? norm_dbias=None, Tensor(g!)? arrived=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusekern_cuda, CUDA, m) {

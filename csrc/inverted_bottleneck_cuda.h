@@ -27,30 +27,47 @@ struct Parameter {
   Type type;
 };
 
-// The norm behind y2, if its vectors are to be made of the statistics, and the one behind y1, of the sums.
+struct Gradient {
+  void* data;
+  Type type;
+};
+
+// A norm whose vectors are to be made of statistics.
 struct NormForward {
   Parameter weight, bias;
   float eps;
   float* vectors;  // [5, E], or none
 };
 
+// The norm behind y1, if its statistics have not been joined: those of tiles of `pixels`, so many of them for each
+// `size` pixels.
+struct Before {
+  const float* partial;  // [parts, 2, E], or none
+  int parts, size, pixels;
+  NormForward norm;
+};
+
+// The norm behind y1, of whose gradient the sums are.
 struct NormBackward {
   const float* vectors;  // [5, E]
   Parameter weight;
   float eps;
   bool batch;
-  float* coef;     // [4, E], or none
-  float* dweight;  // [E]
+  float* coef;  // [4, E], or none
+  Gradient dweight, dbias;
 };
 
 struct Forward {
   const void* y1;       // [B, E, H, W]
-  const float* affine;  // [2, E], or none: then y1 is relu6(v1) already
+  const float* affine;  // [2, E], or none: then there is `before`, or y1 is relu6(v1) already
   const void* weight;   // [E, K, K]
   void* y2;             // [B, E, h, w]
   float* partial;       // [parts, 3, E], or none
   float* stats;         // [2, E], or none
   NormForward norm;
+  // Zeros, one for each block of channels: the last of its blocks adds up. Without them it is a launch of its own.
+  int* arrived;
+  Before before;
 };
 
 struct Backward {
@@ -66,6 +83,7 @@ struct Backward {
   float* partial;       // [parts, K * K + 2, E]
   float* sums;          // [2, E]
   NormBackward norm;
+  int* arrived;         // as in Forward
 };
 
 // Both return CUDA's error in words, or none.

@@ -5,14 +5,25 @@ namespace fusekern::dw {
 
 namespace {
 
+// What is wanted of a channel's moments.
+__device__ __forceinline__ void tell(const Moments& seen, float* stats, const NormForward& norm, int channel, int E) {
+  if (stats) {
+    stats[channel] = seen.mean;
+    stats[E + channel] = seen.m2;
+  }
+  if (norm.vectors) norm_forward(seen, norm, channel, norm.vectors + channel, E);
+}
+
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     bn_relu6_dw_fwd_kernel(const T* __restrict__ y1, const float* __restrict__ affine, const T* __restrict__ weight,
-                   T* __restrict__ y2, float* __restrict__ partial, Grid grid) {
+                   T* __restrict__ y2, float* __restrict__ partial, float* __restrict__ stats, NormForward norm,
+                   int* __restrict__ arrived, Before before, Grid grid) {
   constexpr int V = Tile::V, P = Tile::P, SOURCE = Tile::SOURCE_SIZE * sizeof(T), TILE = Tile::SIZE * sizeof(T);
   constexpr int WEIGHT = Tile::K * Tile::K * Tile::CHANNELS * sizeof(T);
   static_assert(SOURCE % 16 == 0 && Tile::STRIPS / 2 * Tile::LANES * V * 3 * sizeof(float) <= SOURCE);
   __shared__ __align__(16) unsigned char memory[SOURCE + TILE + WEIGHT];
+  __shared__ __align__(16) float scale_and_shift[2][Tile::CHANNELS];
   T* const source = reinterpret_cast<T*>(memory);
   T* const tile = reinterpret_cast<T*>(memory + SOURCE);
   T* const weights = reinterpret_cast<T*>(memory + SOURCE + TILE);
@@ -21,6 +32,32 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
   const int part = blockIdx.x / blocks, block = blockIdx.x % blocks * Tile::CHANNELS, thread = threadIdx.x;
   const int channel = block + Tile::lane(thread) * V, strip = Tile::strip(thread) * P;
   stage_weight<Tile>(weights, weight, block, E);
+  const bool activate = affine || before.partial;
+  if (before.partial) {
+    const int tiles = (before.size + before.pixels - 1) / before.pixels;
+    const Moments seen = join_parts<Tile>(
+        reinterpret_cast<Moments*>(memory), block, before.parts, E, [&](int i, int channel) -> Moments {
+          const float* const row = before.partial + static_cast<int64_t>(i) * 2 * E + channel;
+          const int count = min(before.pixels, before.size - i % tiles * before.pixels);
+          return {static_cast<float>(count), row[0], row[E]};
+        });
+    if (thread < Tile::CHANNELS) {
+      float vectors[5] = {};
+      if (block + thread < E) norm_forward(seen, before.norm, block + thread, vectors, 1);
+      scale_and_shift[0][thread] = vectors[0];
+      scale_and_shift[1][thread] = vectors[1];
+      if (part == 0 && block + thread < E)
+#pragma unroll
+        for (int row = 0; row < 5; ++row)
+          before.norm.vectors[static_cast<int64_t>(row) * E + block + thread] = vectors[row];
+    }
+  } else if (affine) {
+    for (int c = thread; c < Tile::CHANNELS; c += Tile::THREADS)
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+        scale_and_shift[row][c] = block + c < E ? affine[static_cast<int64_t>(row) * E + block + c] : 0.f;
+  }
+  __syncthreads();
   Shifted sums[V];
   int count = 0;
 
@@ -30,10 +67,10 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     const T* const from = y1 + grid.source.offset(Tile::LAST, at.image, block, row, column);
     stage<Tile>(
         source, grid.source, block, row, column,
-        [&](int c) { return PerChannel<Tile, 2>(anew(affine), c, affine ? E : 0); },
+        [&](int c) { return PerChannel<Tile, 2>(scale_and_shift[0], c - block, Tile::CHANNELS); },
         [&]<bool WIDE>(int offset, int n) { return load<WIDE, T, Tile::VECTOR>(from + offset, n); },
         [&](const PerChannel<Tile, 2>& numbers, Pack<T, Tile::VECTOR> pack, int n) {
-          if (affine) {
+          if (activate) {
             float v[Tile::VECTOR];
             read(pack.values, v);
 #pragma unroll
@@ -111,6 +148,13 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
         row[2 * static_cast<int64_t>(E) + channel + v] = mine[v].m2;
       }
   }
+  if (!arrived || !last_to_arrive(arrived + blockIdx.x % blocks, parts_of(grid))) return;
+  const Moments seen = join_parts<Tile>(
+      reinterpret_cast<Moments*>(memory), block, parts_of(grid), E, [&](int i, int channel) -> Moments {
+        const float* const row = partial + static_cast<int64_t>(i) * 3 * E + channel;
+        return {__ldcg(row), __ldcg(row + E), __ldcg(row + 2 * static_cast<int64_t>(E))};
+      });
+  if (thread < Tile::CHANNELS && block + thread < E) tell(seen, stats, norm, block + thread, E);
 }
 
 // Of the parts' moments, and what the norm makes of them.
@@ -133,15 +177,7 @@ __global__ void __launch_bounds__(WIDE* WIDE)
     if (share < half) mine = merge(mine, shared[share + half][threadIdx.x]);
     __syncthreads();
   }
-  if (share != 0 || channel >= E) return;
-  if (stats) {
-    stats[channel] = mine.mean;
-    stats[E + channel] = mine.m2;
-  }
-  if (norm.vectors)
-    norm_forward(mine.mean, mine.m2 * inverse_of(mine.count), mine.m2 * inverse_of(mine.count - 1.f),
-                 value_of(norm.weight, channel, 1.f), value_of(norm.bias, channel, 0.f), norm.eps,
-                 norm.vectors + channel, E);
+  if (share == 0 && channel < E) tell(mine, stats, norm, channel, E);
 }
 
 }  // namespace
@@ -156,9 +192,10 @@ const char* launch(const Problem& problem, const Forward& t, void* stream) {
     const auto* y1 = static_cast<const T*>(t.y1);
     const auto* weight = static_cast<const T*>(t.weight);
     if (const char* error = start(bn_relu6_dw_fwd_kernel<T, Tile>, blocks_of<Tile>(problem, grid), Tile::THREADS,
-                                  stream, y1, t.affine, weight, static_cast<T*>(t.y2), t.partial, grid))
+                                  stream, y1, t.affine, weight, static_cast<T*>(t.y2), t.partial, t.stats, t.norm,
+                                  t.arrived, t.before, grid))
       return error;
-    if (!t.partial) return nullptr;
+    if (!t.partial || t.arrived) return nullptr;
     return start(bn_relu6_dw_moments_kernel, (problem.E + WIDE - 1) / WIDE, dim3(WIDE, WIDE), stream, t.partial,
                  t.stats, t.norm, parts_of(grid), problem.E);
   });

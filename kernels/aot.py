@@ -2,6 +2,7 @@
 
     python -m fusekern.kernels.aot --out bench/results/aot.json --table docs/aot.md
     python -m fusekern.kernels.aot --op former2conv --case '*bwd*bf16*' --arch 90
+    python -m fusekern.kernels.aot --op former2conv --merge --out bench/results/aot.json --table docs/aot.md
 
 The exit code is 1 where a kernel does not compile, uses the stack (spilled registers lie there), needs more shared or
 tensor memory than there is, or rounds the operands of an fp32 product to tf32 unasked. The table also tells what makes
@@ -39,6 +40,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former", "former2conv", "score_map")
+USES = {"inverted_bottleneck": ("batch_norm",)}  # an op's file, and others' that its kernels call
 NO_KERNELS = ("text_path", "aot", "__init__")  # launches former's
 ARCHS = (80, 90, 100)
 # Shared memory that a program can have, bytes: 1 KiB less than the multiprocessor's own.
@@ -195,11 +197,12 @@ def cases_of(op: str) -> dict[str, Case]:
 
 
 def source_hash(op: str) -> str:
-    """Of all that a case of the op can depend on: its file and those that are no op's, comments and layout left out."""
+    """Of all that a case of the op can depend on, comments and layout left out: its file, those of the ops whose
+    functions its kernels call, and those that are no op's."""
     folder = Path(__file__).parent
     shared = [path for path in sorted(folder.glob("*.py")) if path.stem not in (*OPS, *NO_KERNELS)]
     digest = hashlib.sha256()
-    for path in [folder / f"{op}.py", *shared]:
+    for path in [*(folder / f"{name}.py" for name in (op, *USES.get(op, ()))), *shared]:
         digest.update("".join(_tokens(path)).encode())
     return digest.hexdigest()[:16]
 
@@ -248,15 +251,36 @@ HEAD = (
 )
 
 
+def compiler_of(table: dict, op: str) -> dict:
+    """By what and when the rows of an op were compiled: ``date``, ``triton`` and ``ptxas``."""
+    return table.get("merged", {}).get(op, table)
+
+
+def merge(table: dict, result: dict) -> dict:
+    """The table with all rows of the result's ops in the place of those that it has of them."""
+    of = {key: result[key] for key in ("date", "triton", "ptxas")}
+    rows = []
+    for op in table["sources"]:
+        rows += [row for row in (result if op in result["sources"] else table)["rows"] if row["op"] == op]
+    merged = {**table.get("merged", {}), **dict.fromkeys(result["sources"], of)}
+    return {**table, "sources": {**table["sources"], **result["sources"]}, "merged": merged, "rows": rows}
+
+
+def _compiler(of: dict) -> str:
+    versions = ", ".join(f"{version} for sm_{arch}" for arch, version in of["ptxas"].items())
+    return f"{of['date']}, Triton {of['triton']}, ptxas {versions}"
+
+
 def markdown(result: dict) -> str:
     """The table in short: a line for each kernel, the worst of its cases."""
-    versions = ", ".join(f"{version} for sm_{arch}" for arch, version in result["ptxas"].items())
     limits = ", ".join(f"{limit // 1024} KiB on sm_{arch}" for arch, limit in LIMITS.items())
+    later = [f"{op} by {_compiler(result['merged'][op])}." for op in result.get("merged", ())]
     lines = [
         "# Compiled ahead of time",
         "",
         "All kernels in all launch settings, on each architecture that a launcher picks them for.",
-        f"{result['date']}, Triton {result['triton']}, ptxas {versions}.",
+        f"{_compiler(result)}.",
+        *later,
         f"Made by `{COMMAND}`;",
         "every row is in `bench/results/aot.json`. No case uses the stack, which is where spilled registers go, or",
         f"more shared memory than {limits}.",
@@ -291,8 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHS, choices=ARCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help="write all rows to this JSON file")
+    parser.add_argument("--merge", action="store_true", help="keep what the file has of other ops than --op")
     parser.add_argument("--table", type=Path, help="write a line for each kernel to this Markdown file")
     options = parser.parse_args(arguments)
+    if options.merge and not (options.out and options.case == "*" and set(options.arch) == set(ARCHS)):
+        parser.error("--merge needs --out, and all cases and architectures of its ops")
     chosen = [
         (op, name, arch)
         for op in options.op
@@ -317,10 +344,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "limits": {str(arch): LIMITS[arch] for arch in options.arch},
         "sources": {op: source_hash(op) for op in options.op},
     }
+    result["rows"] = rows
+    if options.merge:
+        result = merge(json.loads(options.out.read_text()), result)
     if options.out:
-        options.out.write_text(dump({**result, "rows": rows}))
+        options.out.write_text(dump(result))
     if options.table:
-        options.table.write_text(markdown({**result, "rows": rows}))
+        options.table.write_text(markdown(result))
     red = [f"{row['op']} {row['case']}, sm_{row['arch']}: {fault}" for row in rows for fault in row["faults"]]
     print(*red, f"{len(rows)} compiled, {len(red)} at fault", sep="\n")
     return 1 if red else 0

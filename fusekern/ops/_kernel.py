@@ -37,8 +37,8 @@ def empty_tokens(tokens: Tensor) -> Tensor:
     return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
 
 
-def launch(backend: str, op: str, direction: str, *arguments: object) -> None:
-    """Have the launcher ``<op>_<direction>`` of a backend fill the outputs among its arguments.
+def launch(backend: str, op: str, direction: str, *arguments: object, **more: object) -> object:
+    """Have the launcher ``<op>_<direction>`` of a backend fill the outputs among its arguments; its result is returned.
 
     Autocast is off meanwhile: the arguments have their dtypes already.
     """
@@ -47,10 +47,9 @@ def launch(backend: str, op: str, direction: str, *arguments: object) -> None:
     launcher = getattr(module, f"{op}_{direction}")
     device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
     if not autocast_enabled(device):
-        launcher(*arguments)
-        return
+        return launcher(*arguments, **more)
     with torch.autocast(device, enabled=False):
-        launcher(*arguments)
+        return launcher(*arguments, **more)
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:

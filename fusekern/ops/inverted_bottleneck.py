@@ -140,7 +140,7 @@ def _strided(side: int, stride: int) -> int:
 # Between two batch norms lies a stage, for which a backend has a function. To it a norm is vectors of one number a
 # channel; fusekern/ops/_batch_norm.py says what they are. A stage that sums up for a norm also makes its `vectors`, or
 # in the backward its `coef` and the weight's gradient, unless the sums are to go over processes: then it gives `stats`,
-# or `sums` alone. What all backends share stands here.
+# or `sums` alone. What a stage returns, if anything, the next one gets as `left`. What all backends share stands here.
 
 _NORMS = ", ".join(f"Tensor? {part}{i}" for i in (1, 2, 3) for part in ("weight", "bias", "mean", "var"))
 _SETTINGS = "float[] eps, bool[] batch, int stride, bool residual"
@@ -172,12 +172,14 @@ def _kept(image: Tensor, y1: Tensor, y2: Tensor, y3: Tensor, learning: bool, low
     return tuple(y if on else image.new_empty(0) for y, on in zip((y1, y2, y3), wanted, strict=True))
 
 
-def _stages(backend: str, image: Tensor) -> Callable[..., None]:
+def _stages(backend: str, image: Tensor) -> Callable[..., object]:
     """Runs a backend's stage by its name; without a pixel there is none to run."""
 
-    def run(stage: str, *arguments: object) -> None:
-        if image.numel():
-            launch(backend, "inverted_bottleneck", stage, *arguments)
+    def run(stage: str, *arguments: object, left: object = None) -> object:
+        if not image.numel():
+            return None
+        more = {} if left is None else {"left": left}
+        return launch(backend, "inverted_bottleneck", stage, *arguments, **more)
 
     return run
 
@@ -195,29 +197,32 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
     run = _stages(backend, image)
     vectors = [new_vectors(image, 5, y.shape[1]) for y in (y1, y2, y3)]
-    if not all(batch):
-        fill_vectors([None if norm.batch else norm for norm in norms], vectors, backend)
+    infers = not learning and not any(batch)
     affine = [of[:2] for of in vectors]
-    if not learning and not any(batch):
+    if infers and backend == "cuda":
+        affine = norms  # of which its kernels make what they need
+    elif not all(batch):
+        fill_vectors([None if norm.batch else norm for norm in norms], vectors, backend)
+    if infers:
         run("infer", image, w1, affine[0], wd, affine[1], w3, affine[2], stride, residual, out)
         return (out, *(image.new_empty(0) for _ in range(6)))
 
-    def run_before(i: int, stage: str, *arguments: object) -> None:
+    def run_before(i: int, left: object, stage: str, *arguments: object) -> object:
         """A stage whose result, the last of the arguments, norm i sees."""
         norm, y = norms[i], arguments[-1]
         if not norm.batch:
-            run(stage, *arguments, None)
-        elif not group:
-            run(stage, *arguments, None, vectors[i], norm.weight, norm.bias, norm.eps)
-        else:
-            stats = new_vectors(image, 2, y.shape[1])
-            run(stage, *arguments, stats)
-            over_processes(stats, _pixels(y), group, vectors[i])
-            fill_vectors([norm if other == i else None for other in range(3)], vectors, backend)
+            return run(stage, *arguments, None, left=left)
+        if not group:
+            return run(stage, *arguments, None, vectors[i], norm.weight, norm.bias, norm.eps, left=left)
+        stats = new_vectors(image, 2, y.shape[1])
+        left = run(stage, *arguments, stats, left=left)
+        over_processes(stats, _pixels(y), group, vectors[i])
+        fill_vectors([norm if other == i else None for other in range(3)], vectors, backend)
+        return left
 
-    run_before(0, "expand_fwd", image, w1, y1)
-    run_before(1, "depthwise_fwd", y1, affine[0], wd, stride, y2)
-    run_before(2, "project_fwd", y2, affine[1], w3, y3)
+    left = run_before(0, None, "expand_fwd", image, w1, y1)
+    left = run_before(1, left, "depthwise_fwd", y1, affine[0], wd, stride, y2)
+    run_before(2, left, "project_fwd", y2, affine[1], w3, y3)
     run("residual_fwd", y3, affine[2], image if residual else None, out)
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
@@ -251,37 +256,55 @@ def _inverted_bottleneck_backward(grad, image, expand, depthwise, project, y1, y
         run("expand_fwd", image, w1, y1, None)
     learned = []
 
-    def run_before(i: int, y: Tensor, stage: str, *arguments: object) -> Tensor:
+    def run_before(i: int, left: object, y: Tensor, stage: str, *arguments: object) -> tuple[Tensor, object]:
         """A stage that ends with the sums of norm i, whose ``coef`` this returns; y is what the norm saw."""
         norm, width = norms[i], y.shape[1]
         sums, coef = new_vectors(image, 2, width), new_vectors(image, 4, width)
-        dweight = coef.new_empty(width)
+        dweight = coef.new_empty(width, dtype=_gradient_dtype(norm.weight))
+        dbias = sums[0]
+        if _gradient_dtype(norm.bias) != sums.dtype:
+            dbias = sums.new_empty(width, dtype=norm.bias.dtype)
         if group:
-            run(stage, *arguments, sums)
+            left = run(stage, *arguments, sums, left=left)
             backward_of(norm, vectors[i], sums, _pixels(y), group, backend, coef, dweight)
+            if dbias.dtype != sums.dtype:
+                dbias.copy_(sums[0])
         else:
-            run(stage, *arguments, sums, coef, dweight, vectors[i], norm.weight, norm.eps, norm.batch)
-        learned.extend((sums[0], dweight))
-        return coef
+            own = () if dbias.dtype == sums.dtype else (dbias,)
+            settings = vectors[i], norm.weight, norm.eps, norm.batch, *own
+            left = run(stage, *arguments, sums, coef, dweight, *settings, left=left)
+        learned.extend((dbias, dweight))
+        return coef, left
 
-    coef = run_before(2, y3, "output_bwd", grad, y3, vectors[2][2])
+    coef, left = run_before(2, None, y3, "output_bwd", grad, y3, vectors[2][2])
     dz = torch.empty_like(y2)
     norm = vectors[1][:2], vectors[1][2]
-    coef = run_before(1, y2, "project_bwd", grad, y3, coef, y2, *norm, w3, dz, dw3)
+    coef, left = run_before(1, left, y2, "project_bwd", grad, y3, coef, y2, *norm, w3, dz, dw3)
     d = torch.empty_like(y1)
     norm = vectors[0][:2], vectors[0][2]
-    coef = run_before(0, y1, "depthwise_bwd", dz, y2, coef, y1, *norm, wd, stride, d, dwd)
+    coef, _ = run_before(0, left, y1, "depthwise_bwd", dz, y2, coef, y1, *norm, wd, stride, d, dwd)
     del dz
     run("expand_bwd", d, y1, coef, image, w1, grad if residual else None, dimage, dw1)
     weights = dw1.view(expand.shape), dwd.view(depthwise.shape), dw3.view(project.shape)
     return (dimage, *weights, *reversed(learned))
 
 
+def _gradient_dtype(part: Tensor | None) -> torch.dtype:
+    """Of a norm's parameter, as a backend's kernels read it."""
+    return torch.float32 if part is None else part.dtype
+
+
 @_inverted_bottleneck_backward.register_fake
 def _(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
+    *vectors, eps, batch, _, _, _, backend = rest
     weights = (weight.new_empty(weight.shape) for weight in (expand, depthwise, project))
     widths = (expand.shape[0], expand.shape[0], project.shape[0])
-    return (empty_image(image), *weights, *(image.new_empty(c, dtype=torch.float32) for c in widths for _ in range(2)))
+    learned = (
+        image.new_empty(c, dtype=_gradient_dtype(part))
+        for c, norm in zip(widths, _norms_of(vectors[3:], eps, batch, backend), strict=True)
+        for part in norm[:2]
+    )
+    return (empty_image(image), *weights, *learned)
 
 
 def _setup_context(ctx, inputs, output):

@@ -111,7 +111,13 @@ def test_backward(channels, batch, learned, parts):
     vectors = blank(5, channels)
     vectors[2], vectors[3] = mean, var
     sums, coef, dweight = blank(2, channels), blank(4, channels), blank(channels)
-    kernels.add(partial, 50, sums, coef, dweight, vectors, norm.weight, EPS, batch)
+    dbias = blank(channels).to(DTYPES[-1])
+    summed = kernels.Summed(sums, coef, dweight, vectors, norm.weight, EPS, batch, dbias)
+    kernels.add(partial, 50, summed)
+    assert torch.equal(dbias, sums[0].to(dbias.dtype))
+    narrow = blank(channels).to(DTYPES[-1])
+    kernels.add(partial, 50, summed._replace(dweight=narrow))
+    assert torch.equal(narrow, dweight.to(narrow.dtype))
     torch.testing.assert_close(sums.double(), terms.double().sum(0), rtol=1e-5, atol=1e-5)
 
     def judge() -> None:
@@ -126,7 +132,7 @@ def test_backward(channels, batch, learned, parts):
     means = sums / 50 if batch else None
     kernels.batch_norm_bwd(sums, means, 50, vectors, norm.weight, EPS, batch, coef, dweight)
     judge()
-    kernels.add(partial, 50, other, None, None, None, None, 0.0, batch)
+    kernels.add(partial, 50, kernels.Summed(other))
     assert torch.equal(other, sums)
 
 

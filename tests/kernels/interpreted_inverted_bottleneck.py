@@ -183,11 +183,85 @@ def test_residual_fwd(case, residual, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_bwd(case, dtype):
+@pytest.mark.parametrize("whole", [True, False])
+def test_output_bwd(whole, case, dtype, monkeypatch):
+    """By programs that have all pixels, which also write the gradient of what the norm saw, or by parts."""
+    monkeypatch.setattr(kernels, "WHOLE_PIXELS", 4096 if whole else 0)
     block = Block(case, dtype)
-    sums = torch.empty(2, len(block.w3), device=DEVICE)
-    kernels.inverted_bottleneck_output_bwd(block.g, block.y3, block.mean3, sums)
+    channels = len(block.w3)
+    sums = torch.empty(2, channels, device=DEVICE)
+    left = kernels.inverted_bottleneck_output_bwd(block.g, block.y3, block.mean3, sums)
     assert_sums(sums, block.g.double(), block.y3, block.mean3, torch.float32)
+    assert left.grad is None and not left.counters.any()
+    coef, vectors, dweight = (torch.rand(rows, channels, device=DEVICE) + 0.5 for rows in (4, 5, 1))
+    vectors[2] = block.mean3
+    left = kernels.inverted_bottleneck_output_bwd(
+        *(block.g, block.y3, block.mean3, sums, coef, dweight[0], vectors, None, 0.1)
+    )
+    assert (left.grad is not None) == whole
+    if whole:
+        truth = norm_gradient(block.g.double(), block.y3.double(), coef)
+        assert_parity(left.grad, [norm_gradient(block.g, block.y3, coef)], truth, gradient=True)
+        assert left.grad.stride() == block.y3.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case, parts", [((1, 16, 32, 16, 40, 52, CL), 33), ((2, 20, 70, 24, 9, 11, NCHW), 4), (CASES[0], 1)], ids=str
+)
+def test_the_last_program_finishes(case, parts, dtype, monkeypatch):
+    """What a launch of its own makes of the parts, to the order of the sums; what does not depend on it to the bit."""
+    block = Block(case, dtype)
+    wide, out = block.wide, len(block.w3)
+    weight, bias = torch.randn(2, wide, device=DEVICE).to(dtype)
+    seen = torch.rand(5, wide, device=DEVICE) + 0.5
+
+    def new_left() -> kernels.Left:
+        return kernels.Left(torch.zeros(2, kernels.COUNTERS, dtype=torch.int32, device=DEVICE))
+
+    def forward(left: kernels.Left | None) -> list[Tensor]:
+        y3, vectors = torch.empty_like(block.y3), torch.full((5, out), float("nan"), device=DEVICE)
+        norm = vectors, weight[:out], None, 0.1
+        arguments = block.y2, block.affine2, block.w3, y3
+        kernels.inverted_bottleneck_project_fwd(*arguments, None, *norm, left=left)
+        if left is not None:  # or stats, for a norm over several processes
+            stats = torch.empty(2, out, device=DEVICE)
+            kernels.inverted_bottleneck_project_fwd(*arguments, stats, left=new_left())
+            pixels = y3.numel() // out
+            assert torch.equal(stats[0], vectors[2])
+            torch.testing.assert_close(stats[1] / pixels, vectors[3])
+        return [y3, vectors]
+
+    def backward(left: kernels.Left | None) -> list[Tensor]:
+        dz, dw3 = torch.empty_like(block.y2), torch.empty_like(block.w3)
+        sums, coef = (torch.full((rows, wide), float("nan"), device=DEVICE) for rows in (2, 4))
+        dweight, dbias = torch.full((2, wide), float("nan"), dtype=dtype, device=DEVICE)
+        arguments = block.g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3, dz, dw3
+        summed = sums, coef, dweight, seen, weight, 0.1, True, dbias
+        kernels.inverted_bottleneck_project_bwd(*arguments, *summed, left=left)
+        if left is not None:
+            alone = torch.empty_like(sums)
+            kernels.inverted_bottleneck_project_bwd(*arguments, alone, left=new_left())
+            assert torch.equal(alone, sums)
+        return [dz, dw3, sums, coef, dweight, dbias]
+
+    monkeypatch.setattr(kernels.batch_norm, "join", Mock(wraps=kernels.batch_norm.join))
+    monkeypatch.setattr(kernels.batch_norm, "add", Mock(wraps=kernels.batch_norm.add))
+    for run, exact, row, apart in (
+        (forward, 1, 1, kernels.batch_norm.join),
+        (backward, 2, 0, kernels.batch_norm.add),
+    ):
+        left = new_left()
+        found = run(left)
+        assert not apart.called
+        expected = run(None)
+        assert apart.call_count == 1
+        assert all(torch.equal(one, other) for one, other in zip(found[:exact], expected[:exact], strict=True))
+        for one, other in zip(found[exact:], expected[exact:], strict=True):
+            eps = max(2 * torch.finfo(one.dtype).eps, 1e-5)
+            torch.testing.assert_close(one, other, rtol=eps, atol=eps * other.abs().amax().item())
+        assert left.counters[row].unique().tolist() in ([0, parts], [parts])
+        assert not left.counters[1 - row].any()
 
 
 def project_bwd(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -227,7 +301,9 @@ def test_stages_make_the_vectors_of_norms(case, learned):
         weight, bias = torch.randn(2, channels, device=DEVICE).half() if learned else (None, None)
         stats, vectors = torch.empty(2, channels, device=DEVICE), torch.empty(5, channels, device=DEVICE)
         stage(*arguments, y, stats)
-        stage(*arguments, y, None, vectors, weight, bias, 0.1)
+        left = stage(*arguments, y, None, vectors, weight, bias, 0.1)
+        if left is not None and left.parts is not None:
+            left.parts.join()
         mean, squares = stats.double()
         scale = (squares / pixels + 0.1).rsqrt() * (weight.double() if learned else 1)
         shift = (bias.double() if learned else 0) - mean * scale
@@ -334,6 +410,19 @@ def test_strides_of_input_and_gradient(layout, odd, dtype, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(run(x, g), plain, strict=True))
 
 
+def join(partial: Tensor, size: int, pixels: int, vectors: Tensor, *norm: Tensor | float | None) -> None:
+    """As many values as the tiles have pixels, with the tiles' moments."""
+    tiles = -(-size // pixels)
+    counts = torch.tensor([min(pixels, size - i % tiles * pixels) for i in range(len(partial))])[:, None]
+    count, (means, squares) = counts.sum(), partial.unbind(1)
+    mean = (counts * means).sum(0) / count
+    squares = (squares + counts * (means - mean) ** 2).sum(0)
+    weight, bias, eps = norm
+    scale = (squares / count + eps).rsqrt() * (1 if weight is None else weight.double())
+    shift = (0 if bias is None else bias.double()) - mean * scale
+    vectors.copy_(torch.stack((scale, shift, mean, squares / count, squares / (count - 1).clamp_min(1))))
+
+
 @pytest.fixture
 def depthwise():
     """Without a device the ops of ``torch.ops.fusekern_cuda`` have stand-ins for a CPU."""
@@ -344,24 +433,49 @@ def depthwise():
     if extensions.load("_C_cuda"):
         library.define(
             "bn_relu6_dw_fwd(Tensor y1, Tensor? affine, Tensor weight, int stride, Tensor(a!) y2, Tensor(b!)? stats, "
-            "Tensor(c!)? vectors=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.) -> ()"
+            "Tensor(c!)? vectors=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0., "
+            "Tensor(d!)? arrived=None, Tensor? partial1=None, int size1=0, int pixels1=0, Tensor(e!)? vectors1=None, "
+            "Tensor? weight1=None, Tensor? bias1=None, float eps1=0.) -> ()"
         )
         library.define(
             "bn_relu6_dw_bwd(Tensor dz, Tensor y2, Tensor coef, Tensor y1, Tensor affine, Tensor mean, Tensor weight, "
             "int stride, Tensor(a!) d, Tensor(b!) dweight, Tensor(c!) sums, Tensor(d!)? coef1=None, "
             "Tensor(e!)? norm_dweight=None, Tensor? vectors=None, Tensor? norm_weight=None, float eps=0., "
-            "bool batch=True) -> ()"
+            "bool batch=True, Tensor(f!)? norm_dbias=None, Tensor(g!)? arrived=None) -> ()"
         )
 
     def forward(y1, vectors, weight, stride, y2, *seen):
-        if vectors is None:
+        seen, (arrived, partial, size, pixels, vectors1, *norm1) = seen[:5], (*seen[5:], *[None] * 8)[:8]
+        assert arrived is None or not arrived.any()
+        if partial is not None:
+            assert vectors is None
+            join(partial.double(), size, pixels, vectors1, *norm1)
+            vectors = vectors1[:2]
+        elif vectors is None:
             vectors = torch.stack([torch.ones(len(weight)), torch.zeros(len(weight))])
         stages_in_torch.depthwise_fwd(y1, vectors, weight, stride, y2, *seen)
 
+    def backward(*arguments):
+        *arguments, dbias, arrived = (*arguments, *[None] * 19)[:19]
+        assert arrived is None or not arrived.any()
+        stages_in_torch.depthwise_bwd(*arguments)
+        if dbias is not None:
+            dbias.copy_(arguments[10][0])
+
     library.impl("bn_relu6_dw_fwd", forward, "CPU")
-    library.impl("bn_relu6_dw_bwd", stages_in_torch.depthwise_bwd, "CPU")
+    library.impl("bn_relu6_dw_bwd", backward, "CPU")
     yield
     library._destroy()
+
+
+def running(affine: Tensor, eps: float, dtype: torch.dtype) -> tuple[tuple, Tensor]:
+    """A norm by running statistics whose affine is about this: weight, bias, mean, var and eps; and what it is."""
+    scale, shift = affine
+    mean, var = torch.randn_like(scale), torch.rand_like(scale) + 0.5
+    parts = [part.to(dtype) for part in (scale * (var + eps).sqrt(), shift + mean * scale, mean, var)]
+    weight, bias, mean, var = (part.double() for part in parts)
+    scale = weight / (var + eps).sqrt()
+    return (*parts, eps), torch.stack((scale, bias - mean * scale)).float()
 
 
 def composition(block: Block, wd: Tensor, affine1: Tensor, stride: int, residual: bool, dtype) -> Tensor:
@@ -379,11 +493,13 @@ def test_infer(case, kernel, stride, residual, dtype, depthwise):
     block = Block(case, dtype)
     wd = torch.randn(block.wide, kernel, kernel, device=DEVICE).to(dtype)
     affine1 = torch.stack([2 + torch.randn(block.wide, device=DEVICE), torch.randn(block.wide, device=DEVICE)])
+    norms = [running(of, 1e-3, dtype) for of in (affine1, block.affine2, block.affine3)]
+    affine1, block.affine2, block.affine3 = (affine for _, affine in norms)
     batch, _, height, width = block.x.shape
     size = batch, len(block.w3), (height - 1) // stride + 1, (width - 1) // stride + 1
     out = guarded(lay_out(block.layout, block.x.new_empty(size)))
-    vectors = block.affine2, block.w3, block.affine3
-    kernels.inverted_bottleneck_infer(block.x, block.w1, affine1, wd, *vectors, stride, residual, out)
+    norm1, norm2, norm3 = (norm for norm, _ in norms)
+    kernels.inverted_bottleneck_infer(block.x, block.w1, norm1, wd, norm2, block.w3, norm3, stride, residual, out)
     assert_guarded(out)
     arguments = block, wd, affine1, stride, residual
     assert_parity(out, [composition(*arguments, dtype)], composition(*arguments, torch.float64))
@@ -452,6 +568,11 @@ def test_run_length():
             assert 1 <= run <= steps and (parts - 1) * run < steps
             assert parts == 1 or programs * parts <= 4 * kernels.PROGRAMS
     assert kernels.run_length(96, 256) < 256 and kernels.run_length(2000, 256) == 256
+
+
+def test_products_of_a_launch_share_what_is_of_the_launch():
+    for setting in kernels.SETTINGS.values():
+        assert setting.hidden[3:5] == setting.image[3:5] == setting.weight[3:5]
 
 
 def test_kinds():
@@ -551,9 +672,11 @@ class Watch(TorchDispatchMode):
         name = op._schema.name
         if name == "fusekern_cuda::bn_relu6_dw_fwd":
             seen = any(isinstance(argument, Tensor) for argument in arguments[5:7])
-            self.launched += ["bn_relu6_dw_fwd_kernel", *["bn_relu6_dw_moments_kernel"] * seen]
+            apart = seen and (len(arguments) < 11 or arguments[10] is None)
+            self.launched += ["bn_relu6_dw_fwd_kernel", *["bn_relu6_dw_moments_kernel"] * apart]
         elif name == "fusekern_cuda::bn_relu6_dw_bwd":
-            self.launched += ["bn_relu6_dw_bwd_kernel", "bn_relu6_dw_sums_kernel"]
+            apart = len(arguments) < 19 or arguments[18] is None
+            self.launched += ["bn_relu6_dw_bwd_kernel", *["bn_relu6_dw_sums_kernel"] * apart]
         elif not op.is_view and name != "aten::squeeze_" and "empty" not in name:
             self.launched.append(name)
         return op(*arguments, **(keywords or {}))
@@ -576,12 +699,15 @@ def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dt
     monkeypatch.setattr(kernels, "_gram", lambda *sizes: gram)
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     monkeypatch.setattr(kernels, "START", 0)
+    if programs == 1:  # as if there were many of them
+        for name in ("WHOLE_PIXELS", "FINISHED", "JOINED"):
+            monkeypatch.setattr(kernels, name, 0)
     launched = []
     for module in (kernels, kernels.batch_norm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Spy(getattr(module, name), name, launched))
     block = Block(case, dtype)
-    x, *weights, norms = op_of(block, block.x, 3, stride, batch)
+    x, *weights, norms = op_of(block, block.x, 3, stride, batch, dtype)
     size = {"hidden": block.wide, "channels_out": len(block.w3)}
     plan = kernels.launches(x.to("meta"), *size.values(), stride=stride, batch=batch, low=low)
     parts = [part for norm in norms for part in norm[:4]]
@@ -606,8 +732,12 @@ def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dt
     frozen = eps, [False] * 3, stride, residual
     _, seen = watched(OP._inverted_bottleneck._init_fn, x, *weights, *parts, *frozen, False, low, "", "cuda")
     assert seen == plan["infer"]
-    # What has changed since there was a launch for each step.
-    assert len(plan["fwd"]) == 4 + sum(batch) + (not all(batch)) and len(plan["infer"]) == 4
+    assert len(plan["infer"]) == 3
+    if programs > 1:
+        assert len(plan["fwd"]) == 4 + (not all(batch))
+        assert gram or len(plan["bwd"]) <= 5 + plan["bwd"].count("inverted_bottleneck_sum_kernel") + low
+    else:
+        assert len(plan["fwd"]) == 4 + sum(batch) + (not all(batch))
     sums = plan["bwd"].count("inverted_bottleneck_sum_kernel")
     assert (sums > 0) == (programs > 1 or gram)
 
@@ -619,6 +749,7 @@ def test_the_plan_of_large_maps():
         image = torch.empty(batch, 512, 16, 16, dtype=torch.bfloat16, device="meta")
         return kernels.launches(image.to(memory_format=torch.channels_last), 3072, 512)
 
-    assert len(plan(1)["fwd"]) == 7
-    assert not any(name.startswith("aten::") for name in plan(1)["bwd"]) and len(plan(1)["bwd"]) <= 13
+    assert [len(plan(1)[which]) for which in ("fwd", "bwd", "infer")] == [4, 5, 3]
+    assert [len(plan(16)[which]) for which in ("fwd", "bwd", "infer")] == [4, 5, 3]
+    assert not any(name.startswith("aten::") for name in plan(1)["bwd"])
     assert "aten::mm" in plan(128)["bwd"] and "aten::mm" not in plan(16)["bwd"]

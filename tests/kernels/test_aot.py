@@ -60,7 +60,8 @@ def test_table_is_what_the_compiler_says(op, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     fresh = json.loads(out.read_text())
     assert len(fresh["rows"]) == 1
-    if fresh["triton"] == TABLE["triton"] and fresh["ptxas"]["90"] == TABLE["ptxas"]["90"]:
+    by = aot.compiler_of(TABLE, op)
+    if fresh["triton"] == by["triton"] and fresh["ptxas"]["90"] == by["ptxas"]["90"]:
         assert fresh["rows"][0] == expected, AGAIN
 
 
@@ -144,6 +145,32 @@ def test_a_case_that_does_not_fit_its_kernel_is_refused():
         aot.compile(Case(toy_kernel, "toy", case.signature, {"BN": 64, "BK": 64, "PRECISION": "ieee"}), 90)
     with pytest.raises(ValueError, match="toy: Triton does not look whether count can be divided by 16"):
         aot.compile(toy(divisible=("count",)), 90)
+
+
+def test_rows_of_an_op_replace_those_in_a_table(monkeypatch, tmp_path, capsys):
+    def row(op, case):
+        return {"op": op, "case": case, "kernel": case, "arch": 90, "faults": ["a fault"]}
+
+    old = {"date": "2000-01-01", "triton": "1", "ptxas": {"90": "1"}, "sources": {"a": "1", "b": "1", "c": "1"}}
+    table = {**old, "rows": [row("a", "1"), row("b", "1"), row("c", "1")]}
+    new = {"date": "2000-01-02", "triton": "2", "ptxas": {"90": "2"}}
+    merged = aot.merge(table, {**new, "sources": {"b": "2"}, "rows": [row("b", "2"), row("b", "3")]})
+    assert [(found["op"], found["case"]) for found in merged["rows"]] == [
+        *(("a", "1"), ("b", "2"), ("b", "3"), ("c", "1"))
+    ]
+    assert merged["sources"] == {"a": "1", "b": "2", "c": "1"} and merged["triton"] == "1"
+    assert aot.compiler_of(merged, "b") == new and aot.compiler_of(merged, "a")["triton"] == "1"
+    assert "b by 2000-01-02, Triton 2, ptxas 2 for sm_90." in aot.markdown(merged)
+    with pytest.raises(SystemExit):
+        aot.main(["--merge", "--op", "batch_norm", "--arch", "90", "--out", str(tmp_path / "a.json")])
+    assert "--merge needs --out" in capsys.readouterr().err
+
+
+def test_hash_of_what_kernels_call(monkeypatch):
+    assert aot.source_hash("inverted_bottleneck") != aot.source_hash("batch_norm")
+    before = aot.source_hash("inverted_bottleneck")
+    monkeypatch.setattr(aot, "USES", {})
+    assert aot.source_hash("inverted_bottleneck") != before
 
 
 def test_hash_leaves_comments_out(tmp_path):

@@ -103,17 +103,29 @@ class Case:
     def arguments(self):
         return TYPES[self.dtype], int(self.last), self.kernel, self.stride, *self.y1.shape, *self.small[2:]
 
-    def forward(self, library, stats: bool = True, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        library,
+        stats: bool = True,
+        norm: Norm | None = None,
+        arrived: Tensor | None = None,
+        before: tuple[Tensor, int, int, Norm] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``arrived``: counters, so that the last block adds up. ``before``: in the place of affine the moments of
+        tiles of y1, the pixels of a matrix and of a tile, and the norm."""
         y2 = blank(self.small, self.y1, self.last, self.aligned)
         parts = library.parts(0, *self.arguments())
         partial, found = torch.full((parts, 3, self.y1.shape[1]), float("nan")), torch.full((2, self.y1.shape[1]), 7.0)
         wanted = partial if stats or norm else None, found if stats else None
-        tensors = (self.y1, self.affine, self.weight, y2, *wanted)
-        assert library.forward(*self.arguments(), *map(address, tensors), *forward_arguments(norm)) is None
+        tensors = (self.y1, None if before else self.affine, self.weight, y2, *wanted)
+        arguments = *map(address, tensors), *forward_arguments(norm), address(arrived), *before_arguments(before)
+        assert library.forward(*self.arguments(), *arguments) is None
         assert_nothing_around(y2)
         return y2, found if stats else None
 
-    def backward(self, library, norm: Norm | None = None, batch: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, library, norm: Norm | None = None, batch: bool = True, arrived: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         d = blank(self.y1.shape, self.y1, self.last, self.aligned)
         dweight = blank(self.weight.shape, self.weight, False)
         channels = self.y1.shape[1]
@@ -121,7 +133,7 @@ class Case:
         sums = torch.full((2, channels), float("nan"))
         maps = (self.dz, self.y2, self.coef, self.y1, self.affine, self.mean, self.weight)
         outputs = d, dweight, partial, sums
-        arguments = *map(address, (*maps, *outputs)), *backward_arguments(norm, batch)
+        arguments = *map(address, (*maps, *outputs)), *backward_arguments(norm, batch), address(arrived)
         assert library.backward(*self.arguments(), *arguments) is None
         assert_nothing_around(d)
         assert_nothing_around(dweight)
@@ -140,7 +152,7 @@ class Norm:
     def __init__(self, channels: int, dtype: torch.dtype, learned: bool = True) -> None:
         self.weight, self.bias = torch.randn(2, channels).to(dtype) if learned else (None, None)
         self.vectors, self.coef = torch.full((5, channels), float("nan")), torch.full((4, channels), float("nan"))
-        self.dweight = torch.full((channels,), float("nan"))
+        self.dweight, self.dbias = torch.full((2, channels), float("nan"), dtype=dtype if learned else torch.float32)
 
 
 def forward_arguments(norm: Norm | None) -> tuple:
@@ -150,12 +162,20 @@ def forward_arguments(norm: Norm | None) -> tuple:
     return narrow, address(norm.weight), address(norm.bias), ctypes.c_float(norm.eps), address(norm.vectors)
 
 
+def before_arguments(before: tuple[Tensor, int, int, Norm] | None) -> tuple:
+    if before is None:
+        return address(None), 0, 0, 0, address(None), address(None), ctypes.c_float(0), address(None)
+    partial, size, pixels, norm = before
+    parameters = address(norm.weight), address(norm.bias), ctypes.c_float(norm.eps)
+    return address(partial), len(partial), size, pixels, *parameters, address(norm.vectors)
+
+
 def backward_arguments(norm: Norm | None, batch: bool) -> tuple:
     if norm is None:
-        return 0, address(None), address(None), ctypes.c_float(0), int(batch), address(None), address(None)
+        return 0, address(None), address(None), ctypes.c_float(0), int(batch), *[address(None)] * 3
     narrow = int(norm.weight is not None and norm.weight.dtype != torch.float32)
     settings = address(norm.weight), ctypes.c_float(norm.eps), int(batch)
-    return narrow, address(norm.vectors), *settings, address(norm.coef), address(norm.dweight)
+    return narrow, address(norm.vectors), *settings, *map(address, (norm.coef, norm.dweight, norm.dbias))
 
 
 def judge(case: Case, library) -> None:
@@ -234,7 +254,76 @@ def test_vectors_of_the_norms(library, size, learned, dtype):
         q, r = (-p * rstd**2 * product / pixels, -p * total / pixels) if batch else (0 * p, 0 * p)
         truth = torch.stack((p, q, r, norm.vectors[2].double()))
         torch.testing.assert_close(norm.coef.double(), truth, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(norm.dweight.double(), product * rstd, rtol=2e-6, atol=2e-6)
+        # In the parameters' own dtype.
+        assert torch.equal(norm.dbias, alone[2][0].to(norm.dbias.dtype))
+        torch.testing.assert_close(norm.dweight, (product * rstd).to(norm.dweight.dtype))
+
+
+# As many as there are blocks of the channels at most, and one beyond.
+def counters(channels: int) -> Tensor:
+    found = torch.zeros(-(-channels // 8) + 1, dtype=torch.int32)
+    found[-1] = -1
+    return found
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize(
+    "size, kernel, stride", [(size, 3, 1) for size in SIZES] + [(SIZES[3], 5, 1), (SIZES[3], 3, 2)], ids=str
+)
+def test_the_last_block_finishes(library, size, kernel, stride, last, dtype):
+    """What a launch of its own makes of the parts, to the order of the sums; and its counters are used up."""
+    case, channels = Case(size, kernel, stride, dtype, last), size[1]
+    separate, together = (Norm(channels, dtype) for _ in range(2))
+    together.weight, together.bias = separate.weight, separate.bias
+
+    def judge(run, separate_of, together_of) -> None:
+        expected = run(separate), [vector.clone() for vector in separate_of]
+        arrived, before = counters(channels), library.launches()
+        found = run(together, arrived)
+        assert library.launches() - before == 1
+        assert arrived[-1] == -1 and arrived.sum() >= 0 and arrived[0] > 0
+        for one, other in zip((*found, *together_of), (*expected[0], *expected[1]), strict=True):
+            if one is not None:
+                scale = other.double().abs().amax().clamp_min(1).item()
+                eps = 2 * torch.finfo(one.dtype).eps
+                torch.testing.assert_close(one.double() / scale, other.double() / scale, rtol=eps, atol=max(eps, 2e-6))
+
+    judge(lambda norm, arrived=None: case.forward(library, True, norm, arrived), [separate.vectors], [together.vectors])
+    separate.vectors = together.vectors = torch.rand(5, channels) + 0.5
+    judge(
+        lambda norm, arrived=None: case.backward(library, norm, True, arrived),
+        [separate.coef, separate.dweight, separate.dbias],
+        [together.coef, together.dweight, together.dbias],
+    )
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("pixels", [4, 64])
+def test_statistics_that_are_not_joined_yet(library, pixels, size, last, learned):
+    """The norm before from the moments of tiles of each image or, in channels_last, of all."""
+    case, channels = Case(size, 3, 1, torch.float32, last), size[1]
+    norm = Norm(channels, torch.float32, learned)
+    rows = case.y1.permute(0, 2, 3, 1).reshape(-1, channels).double()
+    images = rows[None] if last else rows.view(size[0], -1, channels)
+    moments = [
+        torch.stack((tile.mean(0), (tile - tile.mean(0)).square().sum(0)))
+        for image in images
+        for tile in image.split(pixels)
+    ]
+    before = torch.stack(moments).float().contiguous(), images.shape[1], pixels, norm
+    mean, var = rows.mean(0), rows.var(0, unbiased=False)
+    scale = (var + norm.eps).rsqrt() * (norm.weight.double() if learned else 1)
+    shift = (norm.bias.double() if learned else 0) - mean * scale
+    unbiased = rows.var(0) if len(rows) > 1 else 0 * var
+    found = case.forward(library, before=before)
+    torch.testing.assert_close(
+        norm.vectors.double(), torch.stack((scale, shift, mean, var, unbiased)), rtol=1e-5, atol=1e-4
+    )
+    case.affine = norm.vectors[:2].clone()
+    assert all(map(torch.equal, found, case.forward(library)))
 
 
 @pytest.mark.parametrize("size", [SIZES[1], SIZES[3]], ids=str)

@@ -18,22 +18,26 @@ int parts(int backward, int type, int last, int K, int stride, int B, int E, int
 
 const char* forward(int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w, const void* y1,
                     const float* affine, const void* weight, void* y2, float* partial, float* stats, int narrow,
-                    const void* norm_weight, const void* norm_bias, float eps, float* vectors) {
+                    const void* norm_weight, const void* norm_bias, float eps, float* vectors, int* arrived,
+                    const float* partial1, int parts1, int size1, int pixels1, const void* weight1, const void* bias1,
+                    float eps1, float* vectors1) {
   const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
   const Type of = narrow ? Type(type) : Type::float32;
   const NormForward norm{{norm_weight, of}, {norm_bias, of}, eps, vectors};
-  return launch(problem, Forward{y1, affine, weight, y2, partial, stats, norm}, nullptr);
+  const Before before{partial1, parts1, size1, pixels1, {{weight1, of}, {bias1, of}, eps1, vectors1}};
+  return launch(problem, Forward{y1, affine, weight, y2, partial, stats, norm, arrived, before}, nullptr);
 }
 
 const char* backward(int type, int last, int K, int stride, int B, int E, int H, int W, int h, int w, const void* dz,
                      const void* y2, const float* coef, const void* y1, const float* affine, const float* mean,
                      const void* weight, void* d, void* dweight, float* partial, float* sums, int narrow,
                      const float* vectors, const void* norm_weight, float eps, int batch, float* coef1,
-                     float* norm_dweight) {
+                     void* norm_dweight, void* norm_dbias, int* arrived) {
   const Problem problem{Type(type), bool(last), K, stride, B, E, H, W, h, w};
   const Type of = narrow ? Type(type) : Type::float32;
-  const NormBackward norm{vectors, {norm_weight, of}, eps, bool(batch), coef1, norm_dweight};
-  return launch(problem, Backward{dz, y2, coef, y1, affine, mean, weight, d, dweight, partial, sums, norm}, nullptr);
+  const NormBackward norm{vectors, {norm_weight, of}, eps, bool(batch), coef1, {norm_dweight, of}, {norm_dbias, of}};
+  return launch(problem, Backward{dz, y2, coef, y1, affine, mean, weight, d, dweight, partial, sums, norm, arrived},
+                nullptr);
 }
 
 }  // extern "C"

@@ -40,6 +40,18 @@ template <class T>
 T __ldg(const T* from) {
   return *from;
 }
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+// One thread runs at a time.
+inline void __threadfence() {}
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
 
 namespace cuda_on_host {
 
