@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import learning, numerics, report
+from bench import learning, numerics, report, zeros
 
 RESULTS = report.ROOT / "bench" / "results"
 PAGES = tuple(report.ROOT / name for name in ("README.md", "docs/performance.md", "docs/numerics.md"))
@@ -55,6 +55,13 @@ IN_A_BLOCK = ("downsample", "conv2former", "inverted_bottleneck", "text_path", "
 HEADLINES = (
     ("the layer, six blocks, C = 512, 16x16, 150 classes", "layer-cpu", "layer inference", "layer", "1,512,16,150"),
     ("the layer, six blocks, C = 256, 64x64, 19 classes", "layer-cpu", "layer inference", "layer", "1,256,64,19"),
+    (
+        "`inverted_bottleneck`, C = 512, 16x16, expansion 6",
+        "inverted_bottleneck-cpu",
+        "inverted_bottleneck inference",
+        "inverted_bottleneck",
+        "1,512,16,6",
+    ),
     ("`former2conv`, C = 256, 64x64, 19 classes", "former2conv-cpu", "former2conv", "former2conv", "1,256,64,19"),
     ("`former`, C = 512, 150 classes", "former-cpu", "former", "former", "1,512,0,150"),
 )
@@ -166,7 +173,7 @@ def figures(name: str) -> str:
     result = load(name)
     if result["op"] == "launches":
         return "\n".join([*launches(result), ""])
-    tables = {"numerics": numerics.table, "model": report.model_lines, "learning": learning.table}
+    tables = {"numerics": numerics.table, "model": report.model_lines, "learning": learning.table, "zeros": zeros.table}
     lines = tables[result["op"]](result["rows"]) if result["op"] in tables else speeds(result)
     return "\n".join([origin(result), "", *lines, ""])
 
