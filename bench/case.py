@@ -56,6 +56,7 @@ class Case(ABC):
     attention = False
     kernels = {"cpu": "cpp", "cuda": "triton"}
     others: dict[str, str] = {}  # further contenders, by the names of their methods
+    native = ""  # a method that on CUDA is also timed with PyTorch's own kernels in the place of cuDNN's
     engines_want_nchw = False  # ONNX's convolutions know no other layout
     shapes: dict[str, tuple[Shape, ...]]
     fed: tuple[str, ...]

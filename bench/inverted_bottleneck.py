@@ -197,6 +197,7 @@ class Depthwise(Training):
 
     name = "inverted_bottleneck depthwise"
     others = {"eager-convolution": "alone"}
+    native = "alone"
     timed = Case.timed
 
     def sizes(self, shape):

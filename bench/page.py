@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import learning, numerics, report, zeros
+from bench import learning, memory, numerics, report, zeros
 
 RESULTS = report.ROOT / "bench" / "results"
 PAGES = tuple(report.ROOT / name for name in ("README.md", "docs/performance.md", "docs/numerics.md"))
@@ -25,6 +25,7 @@ PEERS = {
     "reference": "reference",
     "eager": "eager",
     "eager-linear": "eager, 1x1 as products",
+    "native": "convolution without cuDNN",
     "compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
@@ -173,7 +174,8 @@ def figures(name: str) -> str:
     result = load(name)
     if result["op"] == "launches":
         return "\n".join([*launches(result), ""])
-    tables = {"numerics": numerics.table, "model": report.model_lines, "learning": learning.table, "zeros": zeros.table}
+    tables = {"numerics": numerics.table, "model": report.model_lines, "learning": learning.table}
+    tables |= {"memory": memory.table, "zeros": zeros.table}
     lines = tables[result["op"]](result["rows"]) if result["op"] in tables else speeds(result)
     return "\n".join([origin(result), "", *lines, ""])
 

@@ -66,6 +66,8 @@ def names(case, device: str, compiled: bool) -> list[str]:
     found = [FUSED, "reference", "eager", *case.others]
     if device == "cuda" and case.attention:
         found += PINNED
+    if device == "cuda" and case.native:
+        found.append("native")
     if compiled:
         found += ["compile", "compile-reference"]
         if device == "cuda":
@@ -90,6 +92,9 @@ def build(name: str, case, shape, tensors: dict[str, Tensor], channels_last: boo
         return Contender(partial(case.eager, shape), capture=True)
     if name in case.others:
         return Contender(partial(getattr(case, case.others[name]), shape), capture=True)
+    if name == "native":
+        without = partial(torch.backends.cudnn.flags, enabled=False)
+        return Contender(partial(getattr(case, case.native), shape), context=without, capture=True)
     if name in PINNED:
         return Contender(partial(case.eager, shape), context=lambda: sdpa_kernel(PINNED[name]), capture=True)
     if name == "flex":
