@@ -18,7 +18,8 @@ import argparse
 import gc
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
@@ -148,20 +149,13 @@ def _memory(contender: peers.Contender, truth: Truth, layout: str) -> dict[str, 
     leaves = [tensor.detach().requires_grad_() for tensor in truth.laid_out(layout)]
     grad = lay_out(truth.grad, layout)
     inputs = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     found = {}
     if grad.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    with contender.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = contender.call(*leaves)
+    with contender.context():
+        out, kept = saved(partial(contender.call, *leaves))
     torch.autograd.grad(out, leaves, grad)
     if grad.is_cuda:
         torch.cuda.synchronize()
@@ -169,6 +163,19 @@ def _memory(contender: peers.Contender, truth: Truth, layout: str) -> dict[str, 
     found["saved_bytes"] = sum(kept.values())
     found["saved_beyond_inputs_bytes"] = sum(size for where, size in kept.items() if where not in inputs)
     return found
+
+
+def saved(call: Callable[[], Tensor]) -> tuple[Tensor, dict[int, int]]:
+    """What a call returns, and the bytes that it saves for its backward by where they lie."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), kept
 
 
 def _sets(case: Case, truth: Truth, layout: str, device: str) -> tuple[list[list[Tensor]], list[Tensor]]:

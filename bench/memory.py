@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench import inverted_bottleneck, layer, peers, report
 from bench.case import Shape, lay_out, make
+from bench.common import saved
 from fusekern import ConvFormer
 from fusekern.ops import inverted_bottleneck as op
 
@@ -30,15 +31,7 @@ GOALS = ((6, "default", 0.40), (2, "default", 0.45), (6, "low", 0.25), (2, "low"
 def kept_bytes(call: Callable[[], Tensor], skip: Iterable[Tensor] = ()) -> int:
     """What a call saves for its backward, once where several tensors share their memory; without that of ``skip``."""
     skipped = {tensor.untyped_storage().data_ptr() for tensor in skip}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call()
+    out, kept = saved(call)
     assert out.requires_grad
     return sum(size for where, size in kept.items() if where not in skipped)
 
