@@ -13,6 +13,8 @@ from fusekern import ops
 from fusekern.backends import check_name
 from fusekern.ops._check import check_choice
 from fusekern.ops.downsample import PADS
+from fusekern.ops.former2conv import by_recipe
+from fusekern.ops.inverted_bottleneck import Recipe
 
 BRIDGES = ("attention", "inner_product")
 DOWNSAMPLES = ("conv", "depthwise")
@@ -106,9 +108,9 @@ class TextToImageBridge(nn.Module):
         pixels = image.flatten(2).transpose(1, 2)
         return image + inner_product(pixels, text, heads=self.heads).transpose(1, 2).reshape(image.shape)
 
-    def scatter(self, image: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The attention and its skip; ``key`` and ``value`` are ``W^K T`` and ``W^V T``."""
-        return ops.former2conv(image, key, value, heads=self.heads, backend=self.backend)
+    def scatter(self, image: Tensor, key: Tensor, value: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """The attention and its skip; ``key`` and ``value`` are ``W^K T`` and ``W^V T``, the recipe is of the image."""
+        return by_recipe(image, recipe, key, value, heads=self.heads, scale=None, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, bridge={self.bridge!r}, backend={self.backend!r}"

@@ -19,6 +19,7 @@ from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.text_transformer import TextTransformer, affine
 from fusekern.ops._check import check_choice, check_heads
+from fusekern.ops.inverted_bottleneck import Recipe
 
 PRESETS = {
     "paper": {},
@@ -213,6 +214,9 @@ class ConvFormerBlock(nn.Module):
     block that follows, whose query, ``W^Q`` of the new text, it then computes along with its own keys and values, and
     returns instead of none, ``[B, K, C]``: that one takes it as ``query``.
 
+    The bottleneck's image is not kept for the backward of the last bridge, which makes it again, unless a forward hook
+    on the bottleneck may have changed it.
+
     Between the bridges' attentions the op ``text_path`` runs on the children's weights. Their own ``forward`` is called
     with ``backend="reference"`` alone, so that hooks and counters see each.
     """
@@ -251,7 +255,7 @@ class ConvFormerBlock(nn.Module):
         first, last = self.image_to_text, self.text_to_image
         with _beside(image) as apart:
             with apart:
-                wide = self.bottleneck(image)
+                wide, recipe = _and_recipe(self.bottleneck, image)
             path = ops.text_path(
                 *(text, first.gather(first.query(text) if query is None else query, image)),
                 *(affine(first.out), affine(first.norm), self.transformer.parts()),
@@ -261,7 +265,18 @@ class ConvFormerBlock(nn.Module):
                 eps=first.norm.eps,
                 backend=self.backend,
             )
-        return last.scatter(wide, path.key, path.value), path.tokens, path.query
+        return last.scatter(wide, path.key, path.value, recipe), path.tokens, path.query
+
+
+def _and_recipe(bottleneck: nn.Module, image: Tensor) -> tuple[Tensor, Recipe | None]:
+    """What the bottleneck makes of an image, and how to make it again, unless somebody may have changed it since."""
+    hooked = bottleneck._forward_hooks or torch.nn.modules.module._global_forward_hooks
+    if hooked or not isinstance(bottleneck, InvertedBottleneck):
+        return bottleneck(image), None
+    recipes = []
+    wide = bottleneck(image, recipes=recipes)
+    recipe = recipes.pop() if recipes else None
+    return wide, recipe if recipe is not None and recipe.result is wide else None
 
 
 @contextmanager

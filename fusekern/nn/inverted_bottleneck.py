@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusekern import ops
 from fusekern.backends import check_name
 from fusekern.ops._check import check_choice
-from fusekern.ops.inverted_bottleneck import MEMORY
+from fusekern.ops.inverted_bottleneck import MEMORY, Recipe, with_recipe
 
 
 class InvertedBottleneck(nn.Module):
@@ -60,9 +60,13 @@ class InvertedBottleneck(nn.Module):
         self.memory = memory
         self.backend = check_name(backend)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, recipes: list[Recipe] | None = None) -> Tensor:
+        """``recipes`` is for one who would keep the result for a backward: how to make it again, if known, is added."""
         parts = Parts(self.expand, self.norm1, self.depthwise, self.norm2, self.project, self.norm3)
-        return run(image, parts, self.residual, self.memory, self.backend)
+        result, recipe = run(image, parts, self.residual, self.memory, self.backend)
+        if recipes is not None and recipe is not None:
+            recipes.append(recipe)
+        return result
 
 
 class Parts(NamedTuple):
@@ -80,15 +84,15 @@ class Parts(NamedTuple):
         return self.norm1, self.norm2, self.norm3
 
 
-def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) -> Tensor:
-    """The block by the op, or by its modules if one of them is not what the op knows."""
+def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) -> tuple[Tensor, Recipe | None]:
+    """The block by the op, or by its modules if one of them is not what the op knows; and its result's recipe."""
     group = _group_of(parts.norms) if all(map(_is_plain, parts)) else None
     if group is None:
         hidden = _activated(parts.norm1, parts.expand(image))
         hidden = _activated(parts.norm2, parts.depthwise(hidden))
         result = parts.norm3(parts.project(hidden))
-        return image + result if residual else result
-    image, statistics = ops.inverted_bottleneck(
+        return image + result if residual else result, None
+    image, statistics, recipe = with_recipe(
         *(image, parts.expand.weight, parts.depthwise.weight, parts.project.weight),
         tuple(map(_as_argument, parts.norms)),
         stride=parts.depthwise.stride[0],
@@ -100,7 +104,7 @@ def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) 
     for norm, seen in zip(parts.norms, statistics, strict=True):
         if norm.training and norm.track_running_stats:  # here: an exported no_grad with nothing in it cannot be loaded
             _track(norm, seen)
-    return image
+    return image, recipe
 
 
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class FusedInvertedResidual(nn.Module):
         self.names, self.residual, self.memory, self.backend = names, residual, memory, backend
 
     def forward(self, image: Tensor) -> Tensor:
-        return run(image, Parts(*map(self.get_submodule, self.names)), self.residual, self.memory, self.backend)
+        return run(image, Parts(*map(self.get_submodule, self.names)), self.residual, self.memory, self.backend)[0]
 
 
 def fuse_inverted_residuals(model: nn.Module, *, memory: str = "default", backend: str = "auto") -> int:

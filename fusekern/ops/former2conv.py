@@ -9,6 +9,7 @@ from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
 from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
 from fusekern.ops._limits import cpp_dtypes, triton_attention
+from fusekern.ops.inverted_bottleneck import Recipe, made_again
 
 
 def former2conv_reference(
@@ -27,9 +28,11 @@ def former2conv_reference(
 @torch.library.custom_op(
     "fusekern::former2conv",
     mutates_args=(),
-    schema="(Tensor image, Tensor key, Tensor value, int heads, float scale, str backend) -> Tensor",
+    schema="(Tensor image, Tensor key, Tensor value, int heads, float scale, str backend, "
+    'Tensor? y3=None, Tensor? vectors3=None, Tensor? skip=None, str made_by="") -> Tensor',
 )
-def _former2conv(image, key, value, heads, scale, backend):
+def _former2conv(image, key, value, heads, scale, backend, y3=None, vectors3=None, skip=None, made_by=""):
+    """The last four are the image's recipe: with it the backward makes the image again, and it is not kept."""
     out = empty_image(image)
     if out.numel():
         launch(backend, "former2conv", "fwd", image, key, value, heads, scale, out)
@@ -37,7 +40,7 @@ def _former2conv(image, key, value, heads, scale, backend):
 
 
 @_former2conv.register_fake
-def _(image, key, value, heads, scale, backend):
+def _(image, *rest):
     return empty_image(image)
 
 
@@ -62,15 +65,18 @@ def _(grad, image, key, value, heads, scale, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.heads, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    image, key, value, ctx.heads, ctx.scale, ctx.backend, *made_of, ctx.made_by = inputs
+    ctx.save_for_backward(None if ctx.made_by else image, key, value, *made_of)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad):
     if grad is None:
-        return (None,) * 6
-    return *_former2conv_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend), None, None, None
+        return (None,) * 10
+    image, key, value, *made_of = ctx.saved_tensors
+    if image is None:
+        image = made_again(*made_of, ctx.made_by)
+    return *_former2conv_backward(grad, image, key, value, ctx.heads, ctx.scale, ctx.backend), *(None,) * 7
 
 
 _former2conv.register_autograd(_backward, setup_context=_setup_context)
@@ -107,6 +113,13 @@ def former2conv(
         ValueError: wrong shape, device or dtype, no key, or ``heads`` that do not divide ``C``.
         FusekernError: the backend was asked for by name and cannot run.
     """
+    return by_recipe(image, None, key, value, heads=heads, scale=scale, backend=backend)
+
+
+def by_recipe(
+    image: Tensor, recipe: Recipe | None, key: Tensor, value: Tensor, *, heads: int, scale: float | None, backend: str
+) -> Tensor:
+    """``former2conv`` of an image that need not be kept for the backward if there is a recipe of it."""
     check_shape("image", image, "B C H W")
     batch, channels = image.shape[:2]
     check_shape("key", key, "B K C", B=batch, C=channels)
@@ -119,4 +132,6 @@ def former2conv(
     if backend == "reference":
         return former2conv_reference(image, key, value, heads=heads, scale=scale)
     scale = (channels // heads) ** -0.5 if scale is None else float(scale)
-    return _former2conv(image, key, value, heads, scale, backend)
+    # Autocast may have made another image of it.
+    made_of = () if recipe is None or recipe.y3.dtype != image.dtype else recipe[1:]
+    return _former2conv(image, key, value, heads, scale, backend, *made_of)

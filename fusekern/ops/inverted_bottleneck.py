@@ -46,6 +46,16 @@ class BatchStatistics(NamedTuple):
     var: Tensor
 
 
+class Recipe(NamedTuple):
+    """How to make a result of the op's kernels again, of what they keep for their backward: see ``made_again``."""
+
+    result: Tensor
+    y3: Tensor
+    vectors3: Tensor
+    skip: Tensor | None
+    backend: str
+
+
 def _batch_norm(x: Tensor, norm: BatchNorm, group: str = "") -> tuple[Tensor, BatchStatistics | None]:
     if not norm.batch:
         return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps), None
@@ -336,6 +346,26 @@ _inverted_bottleneck.register_autograd(_backward, setup_context=_setup_context)
 _inverted_bottleneck_backward.register_autograd(no_second_derivative("inverted_bottleneck"))
 
 
+@torch.library.custom_op(
+    "fusekern::inverted_bottleneck_again",
+    mutates_args=(),
+    schema="(Tensor y3, Tensor vectors3, Tensor? skip, str backend) -> Tensor",
+)
+def made_again(y3, vectors3, skip, backend):
+    """The result of a forward, by the stage that made it: to the bit."""
+    out = torch.empty_like(y3)
+    _stages(backend, y3)("residual_fwd", y3, vectors3[:2], skip, out)
+    return out
+
+
+@made_again.register_fake
+def _(y3, vectors3, skip, backend):
+    return torch.empty_like(y3)
+
+
+made_again.register_autograd(no_second_derivative("inverted_bottleneck"))
+
+
 def _known_sizes(others):
     def why_not(image, expand, depthwise, project, norms, stride, group):
         size = depthwise.shape[2]
@@ -409,6 +439,22 @@ def inverted_bottleneck(
             fit, or a single pixel in the whole batch in training, which has no variance.
         FusekernError: the backend was asked for by name and cannot run.
     """
+    return with_recipe(image, expand, depthwise, project, norms, stride, residual, memory, group, backend)[:2]
+
+
+def with_recipe(
+    image: Tensor,
+    expand: Tensor,
+    depthwise: Tensor,
+    project: Tensor,
+    norms: tuple[BatchNorm, BatchNorm, BatchNorm],
+    stride: int,
+    residual: bool,
+    memory: str,
+    group: str,
+    backend: str,
+) -> tuple[Tensor, tuple[BatchStatistics | None, ...], Recipe | None]:
+    """``inverted_bottleneck`` and, where kernels keep something for their backward, how to make its image again."""
     check_shape("image", image, "B C H W")
     channels = image.shape[1]
     check_shape("expand", expand, "E C 1 1", C=channels)
@@ -435,21 +481,24 @@ def inverted_bottleneck(
     chosen = resolve("inverted_bottleneck", backend, image, expand, depthwise, project, norms, stride, group)
     if chosen == "reference" or (image.numel() == 0 and not group):
         weights = (expand, depthwise, project)
-        return inverted_bottleneck_reference(image, *weights, norms, stride=stride, residual=residual, group=group)
+        found = inverted_bottleneck_reference(image, *weights, norms, stride=stride, residual=residual, group=group)
+        return *found, None
     if not group:
         _check_variance(image, norms, stride)
     learned = [image, expand, depthwise, project, *(part for norm in norms for part in (norm.weight, norm.bias))]
     learning = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in learned)
     parts = [part for norm in norms for part in norm[:4]]
     eps, batch = [norm.eps for norm in norms], [norm.batch for norm in norms]
-    out, _, _, _, *vectors = _inverted_bottleneck(
+    out, _, _, y3, *vectors = _inverted_bottleneck(
         *(image, expand, depthwise, project, *parts),
         *(eps, batch, stride, residual, learning, memory == "low", group, chosen),
     )
-    return out, tuple(
+    statistics = tuple(
         BatchStatistics(*seen[2::2].to(_like(norm, image).dtype)) if norm.batch else None
         for norm, seen in zip(norms, vectors, strict=True)
     )
+    recipe = Recipe(out, y3, vectors[2], image if residual else None, chosen) if learning else None
+    return out, statistics, recipe
 
 
 def _check_variance(image: Tensor, norms: tuple[BatchNorm, ...], stride: int) -> None:

@@ -25,7 +25,8 @@ from fusekern.testing import assert_parity
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 import stages_in_torch
 
-OP = import_module("fusekern.ops.inverted_bottleneck")  # the package has the function under this name
+# The package has the functions under these names.
+OP, BEHIND = (import_module(f"fusekern.ops.{name}") for name in ("inverted_bottleneck", "former2conv"))
 
 CL, NCHW = "channels_last", "nchw"
 # batch, channels in, hidden, out, height, width, layout
@@ -644,6 +645,27 @@ def test_the_op(way, stride, memory, batch, narrow, depthwise, monkeypatch):
         for results in (found, peers, truths)
     )
     assert_parity(one, [other], right, gradient=True)
+
+
+@pytest.mark.parametrize("layout", [CL, NCHW])
+def test_a_result_is_made_again(layout, depthwise):
+    """In the backward of ``former2conv``, from what this op keeps: the same bits, so the same gradients."""
+    block = Block((2, 16, 32, 16, 6, 8, layout), torch.float32)
+    arguments = op_of(block, block.x, 3, 1, (True,) * 3)
+    leaves = [tensor.detach().requires_grad_() for tensor in arguments[:4]]
+    key, value = (text.requires_grad_() for text in torch.randn(2, 2, 19, 16, device=DEVICE))
+    settings = {"stride": 1, "residual": True, "memory": "default", "group": "", "backend": "cuda"}
+
+    def gradients(again: bool) -> tuple[Tensor, ...]:
+        with patch.object(OP, "resolve", Mock(return_value="cuda")):
+            image, _, recipe = OP.with_recipe(*leaves, arguments[4], **settings)
+        assert torch.equal(OP.made_again(*recipe[1:]), image)
+        recipe = recipe if again else None
+        with patch.object(BEHIND, "resolve", Mock(return_value="triton")):
+            out = BEHIND.by_recipe(image, recipe, key, value, heads=1, scale=None, backend="triton")
+        return torch.autograd.grad(out, [*leaves, key, value], lay_out(layout, block.g))
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))
 
 
 class Spy:

@@ -24,11 +24,14 @@ def kept_bytes(function, layer):
     return sum(size for where, size in kept.items() if where not in skip)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    "expansion, memory, most", [(6, "default", 0.40), (2, "default", 0.45), (6, "low", 0.25), (2, "low", 0.33)]
+    "expansion, memory, most", [(6, "default", 0.37), (2, "default", 0.40), (6, "low", 0.22), (2, "low", 0.28)]
 )
-def test_what_six_blocks_keep(expansion, memory, most):
+def test_what_six_blocks_keep(expansion, memory, most, compiled):
+    """Where ``former2conv`` keeps its image too, the shares are 0.38, 0.45, 0.23 and 0.33."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     options = {"channels": 32, "bridge_heads": 2, "text_heads": 2, "expansion": expansion}
     layer = ConvFormer(memory=memory, **options)
     image = torch.randn(2, 32, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -40,7 +43,8 @@ def test_what_six_blocks_keep(expansion, memory, most):
             new_image, new_text = block_by_torch(block, new_image, new_text)
         return new_image
 
-    ours = kept_bytes(lambda: layer(image, text).image, layer)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    ours = kept_bytes(lambda: run(image, text).image, layer)
     eager = kept_bytes(by_torch, layer)
     assert ours <= most * eager, f"{ours / eager:.3f} of {eager / 1e6:.1f} MB"
     assert ours >= 6 * 3 * image.nbytes  # the measure sees what each block must keep

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fusekern import ops, use_backend
+from fusekern import use_backend
 from fusekern.backends import BACKENDS
-from fusekern.nn import InvertedBottleneck
+from fusekern.nn import InvertedBottleneck, inverted_bottleneck
 
 SPLIT = (3, 1)
 BACKEND = pytest.param("cpp", marks=pytest.mark.skipif(bool(BACKENDS["cpp"].missing), reason=BACKENDS["cpp"].missing))
@@ -71,8 +71,8 @@ def test_norms_of_different_groups_run_themselves(monkeypatch):
     """The op has one group for all three."""
     block, images = make()
     alone = copy.deepcopy(block)
-    fused = Mock(wraps=ops.inverted_bottleneck)
-    monkeypatch.setattr(ops, "inverted_bottleneck", fused)
+    fused = Mock(wraps=inverted_bottleneck.with_recipe)
+    monkeypatch.setattr(inverted_bottleneck, "with_recipe", fused)
     copy.deepcopy(block)(images[0])
     fused.assert_called_once()  # with one group, so a call is noticed
     fused.reset_mock()
