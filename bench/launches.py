@@ -2,10 +2,11 @@
 
     python -m bench.launches [--device cuda|none] [--out FILE]
 
-A plan is what ``launches`` in an op's kernels says from shapes, strides and dtypes. On CUDA every pass of every op is
-recorded, and the exit code is 1 where the device did anything else; a whole block of the layer is counted too, with
-backend ``auto``, with the reference and as PyTorch is fastest at it. Without a GPU there are the plans alone, for a
-device like an H200, and every row says "planned".
+A plan is what ``launches`` in an op's kernels says from shapes, strides and dtypes. That of a block is those of its ops
+and what PyTorch does between them. On CUDA every pass of every op is recorded, and the exit code is 1 where the device
+did anything else; a whole block of the layer is counted too, by the kernels alone, with backend ``auto``, with the
+reference and as PyTorch is fastest at it, and the first must be as many as planned. Without a GPU there are the plans
+alone, for a device like an H200, and every row says "planned".
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,12 +27,13 @@ from fusekern.kernels import conv2former, downsample, former, former2conv, inver
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import layer, numerics, peers, report
 from bench.case import Case, Shape, lay_out, make, shapes
 from bench.inverted_bottleneck import EPS, Training
 from bench.text_path import TextPath, in_order
-from fusekern.nn.convformer import ConvFormerBlock
+from fusekern.nn.convformer import ConvFormer, ConvFormerBlock
 from fusekern.ops import BatchNorm
 from fusekern.ops.text_path import text_path_reference
 
@@ -44,6 +47,7 @@ PLACES = (
 )
 CASES = {case.op: case for case in numerics.CASES}
 EXPANSION = 6
+IN_A_BLOCK = ("downsample", "conv2former", "inverted_bottleneck", "text_path", "former2conv")
 # What a block of the layer may launch.
 BUDGET = {"fwd": 12, "bwd": 20, "infer": 9}
 OURS = ("inverted_bottleneck_", "batch_norm_", "bn_relu6_dw_")
@@ -84,7 +88,7 @@ def _downsample(shape: Shape, inputs: Sequence[Tensor], grad: Tensor, processor:
 
 
 def _former(shape: Shape, inputs: Sequence[Tensor], grad: Tensor, processor: Processor | None) -> Plan:
-    return former.launches(shape.channels, 2 * shape.channels, grad.dtype)
+    return former.launches()
 
 
 def _former2conv(shape: Shape, inputs: Sequence[Tensor], grad: Tensor, processor: Processor | None) -> Plan:
@@ -169,6 +173,62 @@ def row_of(entry: Entry, shape: Shape, layout: str, device: str) -> dict:
     return row
 
 
+FREE = ("empty", "new_empty", "detach", "promote_types")
+
+
+class Operations(TorchDispatchMode):
+    """While it is entered: names of operations that launch something on CUDA. Views and new memory do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if not (function.is_view or name.split("::")[1].startswith(FREE)):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+# What an op leaves to another of ours for its backward: kernels by operation.
+AGAIN = {"fusekern::inverted_bottleneck_again": "inverted_bottleneck_apply_kernel"}
+
+
+def between() -> Plan:
+    """What is launched in a block besides the ops of ``IN_A_BLOCK``: PyTorch's operations on their results and on
+    buffers. It is what three blocks have more than two, on a CPU, where each op is one operation too."""
+    found = [operations_of(blocks) for blocks in (2, 3)]
+    return {which: tuple((Counter(found[1][which]) - Counter(found[0][which])).elements()) for which in found[0]}
+
+
+def operations_of(blocks: int) -> dict[str, list[str]]:
+    """All operations of a small layer in each pass, but the ops."""
+    fuse = ConvFormer(16, blocks=blocks, bridge_heads=2, text_heads=2, backend="cpp")
+    image = lay_out(torch.randn(2, 16, 9, 9), "channels_last").requires_grad_()
+    text, found = torch.randn(5, 16, requires_grad=True), {}
+    with Operations() as seen:
+        out = fuse(image, text)
+    found["fwd"] = seen.names
+    with Operations() as seen:
+        torch.autograd.grad(out.image.sum() + out.text.sum(), [image, text, *fuse.parameters()], allow_unused=True)
+    found["bwd"] = seen.names
+    with torch.no_grad(), Operations() as seen:
+        fuse.eval()(image, text)
+    found["infer"] = seen.names
+    ours = "fusekern::"
+    return {
+        which: [AGAIN.get(name, name) for name in names if name in AGAIN or not name.startswith(ours)]
+        for which, names in found.items()
+    }
+
+
+def of_a_block(rows: Sequence[dict], others: Plan) -> dict[str, int]:
+    """How many launches are planned for a block at the first shape, in channels_last."""
+    rows = [row["planned"] for row in rows if row["op"] in IN_A_BLOCK and row["layout"] == "channels_last"]
+    plans = rows[: len(IN_A_BLOCK)]  # those of the first shape
+    return {which: sum(len(plan.get(which, plan["fwd"])) for plan in plans) + len(others[which]) for which in others}
+
+
 def passes(call, inference, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, list[str]]:
     """What the device did in the forward of a training step, its backward and the forward of inference."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -238,8 +298,13 @@ def block_and_inputs(shape: Shape, contender: str, device: str) -> tuple[Callabl
     kernels take the query of the block before, and make that of the next, for which the same weights stand."""
     torch.manual_seed(0)
     heads = {"bridge_heads": shape.heads, "text_heads": shape.heads}
-    block = ConvFormerBlock(shape.channels, backend="reference" if contender == "eager" else contender, **heads)
+    backend = {"eager": "reference", "kernels": "triton"}.get(contender, contender)
+    block = ConvFormerBlock(shape.channels, backend=backend, **heads)
+    if contender == "kernels":
+        block.bottleneck.backend = "cuda"
     block = block.to(device, DTYPE, memory_format=torch.channels_last)
+    for norm in (block.bottleneck.norm1, block.bottleneck.norm2, block.bottleneck.norm3):
+        norm.float()  # as in training in mixed precision
     names, buffers = [name for name, _ in block.named_parameters()], dict(block.named_buffers())
     image = torch.randn(shape.batch, shape.channels, shape.size, shape.size, device=device, dtype=DTYPE)
     text = torch.randn(shape.batch, shape.tokens, shape.channels, device=device, dtype=DTYPE)
@@ -283,22 +348,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "bench.launches", *words]),
         "processor": processor_name(on_device),
         "budget": BUDGET,
+        "between": between(),
         "rows": [row_of(entry, *place, options.device) for place in PLACES for entry in ENTRIES],
         "blocks": [],
     }
+    found["planned"] = of_a_block(found["rows"], found["between"])
     print("\n".join(report.launch_lines(found["rows"])), flush=True)
     report.write(found, out)
     if on_device:
         for shape, layout in PLACES:
             if layout == "channels_last":
-                found["blocks"] += [block_of(shape, name, "cuda") for name in ("auto", "reference", "eager")]
+                found["blocks"] += [block_of(shape, name, "cuda") for name in ("kernels", "auto", "reference", "eager")]
                 report.write(found, out)
         print("\n".join(["", *block_lines(found["blocks"])]))
     red = [row for row in found["rows"] if row["wrong"]]
     for row in red:
         print(f"RED: {row['op']} {row['shape']} {row['layout']}: {'; '.join(row['wrong'])}")
     print(f"\n{len(found['rows'])} rows in {out}, {len(red)} red" + ("" if on_device else ", all of them planned"))
-    return 1 if red else 0
+    surprise = bool(found["blocks"]) and found["blocks"][0]["launches"] != found["planned"]
+    if surprise:
+        print(f"RED: a block launches {found['blocks'][0]['launches']}, planned {found['planned']}")
+    return 1 if red or surprise else 0
 
 
 def processor_name(on_device: bool) -> str:

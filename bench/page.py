@@ -51,7 +51,6 @@ GOALS = (
     ("layer-cpu", "layer", "1,512,16,150", BOTH, "eager", 1.25),
 )
 # The ops of a block; the text tokens' former is part of text_path.
-IN_A_BLOCK = ("downsample", "conv2former", "inverted_bottleneck", "text_path", "former2conv")
 # What the README shows: words, file, cases of inference and of training, shape.
 HEADLINES = (
     ("the layer, six blocks, C = 512, 16x16, 150 classes", "layer-cpu", "layer inference", "layer", "1,512,16,150"),
@@ -116,12 +115,11 @@ def launches(result: dict) -> list[str]:
     words = f"Planned, not measured: what the launchers decide for {result['processor']}. "
     if all(row["state"] == "measured" for row in rows):
         words = f"Measured: what the profiler saw, with {result['processor']}. "
-    total = []
-    for which, most in result["budget"].items():
-        planned = (row["planned"] for row in rows if row["layout"] == "channels_last" and row["op"] in IN_A_BLOCK)
-        count = sum(len(plan.get(which, plan["fwd"])) for plan in planned)
-        total.append(f"{which} {count} of at most {most}")
-    words += f"The five ops of a block in channels_last together: {', '.join(total)}. "
+    total = ", ".join(
+        f"{which} {result['planned'][which]} of at most {most}" for which, most in result["budget"].items()
+    )
+    others = ", ".join(f"{which} {', '.join(names) or 'nothing'}" for which, names in result["between"].items())
+    words += f"A block in channels_last: {total}. Of that, besides its five ops: {others}. "
     return [words + origin(result), "", *report.launch_lines(rows)]
 
 

@@ -36,11 +36,13 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former", "former2conv", "score_map")
-USES = {"inverted_bottleneck": ("batch_norm",)}  # an op's file, and others' that its kernels call
+# An op's file, and others' that its kernels lie in or call.
+USES = {"inverted_bottleneck": ("batch_norm",), "former": ("former_fwd", "former_bwd")}
+PARTS = ("former_fwd", "former_bwd")
 NO_KERNELS = ("text_path", "aot", "__init__")  # launches former's
 ARCHS = (80, 90, 100)
 # Shared memory that a program can have, bytes: 1 KiB less than the multiprocessor's own.
@@ -102,7 +104,7 @@ class Report:
     tf32: bool = False
 
 
-def compile(case: Case, arch: int) -> Report:
+def build(case: Case, arch: int) -> CompiledKernel:
     """Compiles a case for an architecture.
 
     Raises:
@@ -127,7 +129,12 @@ def compile(case: Case, arch: int) -> Report:
         {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
+
+
+def compile(case: Case, arch: int) -> Report:
+    """What ``build`` makes of a case."""
+    built = build(case, arch)
     ptx = built.asm["ptx"]
     return Report(
         **_resources(built.asm["cubin"]),
@@ -197,10 +204,10 @@ def cases_of(op: str) -> dict[str, Case]:
 
 
 def source_hash(op: str) -> str:
-    """Of all that a case of the op can depend on, comments and layout left out: its file, those of the ops whose
-    functions its kernels call, and those that are no op's."""
+    """Of all that a case of the op can depend on, comments and layout left out: its file, those that its kernels lie in
+    or call, and those that are no op's."""
     folder = Path(__file__).parent
-    shared = [path for path in sorted(folder.glob("*.py")) if path.stem not in (*OPS, *NO_KERNELS)]
+    shared = [path for path in sorted(folder.glob("*.py")) if path.stem not in (*OPS, *PARTS, *NO_KERNELS)]
     digest = hashlib.sha256()
     for path in [*(folder / f"{name}.py" for name in (op, *USES.get(op, ()))), *shared]:
         digest.update("".join(_tokens(path)).encode())

@@ -2,9 +2,9 @@
 
     S0 = T + W_out G + b,   T1 = norm0(S0),   T' = former(T1),   K, V and the next block's Q = linear layers of T'
 
-Alone, the linear layers, the sum and the norm are six launches and as many passes over the tokens. Here the first is a
-product of former's kind, norm0 is applied as its result is read, and the last three are one product, which applies
-norm2 as it reads and writes T' besides.
+Alone, the linear layers, the sum and the norm are six launches and as many passes over the tokens. Here the first is
+former's first launch, norm0 is applied as its result is read, and the last three are the end of former's chain, one
+product, which applies norm2 as it reads and writes T' besides.
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ from torch import Tensor
 
 def launches() -> dict[str, tuple[str, ...]]:
     """The kernels that forward and backward launch, in their order, whatever the shapes."""
-    product, norm = "former_bwd_product_kernel", "former_bwd_norm_kernel"
     return {
-        "fwd": (
-            *["former_fwd_product_kernel"] * 2,
-            "former_fwd_attention_kernel",
-            *["former_fwd_product_kernel"] * 4,
-        ),
+        "fwd": ("former_fwd_first_kernel", "former_fwd_chain_kernel"),
         "bwd": (
-            *(product, norm, product, product, norm, product, "former_bwd_attention_kernel", product, norm, product),
-            *("former_bwd_weight_kernel", "former_bwd_vector_kernel"),
+            *("former_bwd_exits_kernel", "former_bwd_chain_kernel", "former_bwd_attention_kernel"),
+            *("former_bwd_entry_kernel", "former_bwd_parameters_kernel"),
         ),
     }
 

@@ -26,6 +26,7 @@ from bench import (
 )
 from bench.case import LAYOUTS, Shape, lay_out, make
 from bench.timing import Burst, Ceilings, interleaved, rotation
+from fusekern import extensions
 from fusekern.backends import BACKENDS
 
 MODULES = {
@@ -463,6 +464,20 @@ def test_launches_without_a_gpu_are_called_planned(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("| planned |") == sum(len(row["planned"]) for row in found["rows"])
     assert "0 red, all of them planned" in text
+
+
+@pytest.mark.skipif(bool(extensions.load("_C")), reason=f"no C++ kernels: {extensions.load('_C')}")
+def test_a_block_keeps_its_budget():
+    """By the plan, with what PyTorch does between the ops."""
+    committed = json.loads((page.RESULTS / "launches.json").read_text())
+    between = launches().between()
+    assert committed["between"] == {which: list(names) for which, names in between.items()}
+    planned = launches().of_a_block(committed["rows"], between)
+    assert committed["planned"] == planned
+    assert planned.keys() == launches().BUDGET.keys()
+    assert all(planned[which] <= most for which, most in launches().BUDGET.items()), planned
+    # Of the ops alone it would be less: the averages of the norms, and the sum of two gradients.
+    assert "aten::_foreach_lerp_" in between["fwd"] and "aten::add" in between["bwd"] and not between["infer"]
 
 
 def test_a_page_says_whether_launches_were_measured():

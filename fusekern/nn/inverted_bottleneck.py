@@ -101,9 +101,11 @@ def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) 
         group=group,
         backend=backend,
     )
-    for norm, seen in zip(parts.norms, statistics, strict=True):
-        if norm.training and norm.track_running_stats:  # here: an exported no_grad with nothing in it cannot be loaded
-            _track(norm, seen)
+    seen = [
+        pair for pair in zip(parts.norms, statistics, strict=True) if pair[0].training and pair[0].track_running_stats
+    ]
+    if seen:  # here: an exported no_grad with nothing in it cannot be loaded
+        _track(seen)
     return image, recipe
 
 
@@ -152,11 +154,18 @@ def _as_argument(norm: nn.BatchNorm2d) -> ops.BatchNorm:
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, seen: ops.BatchStatistics | None) -> None:
-    """What ``nn.BatchNorm2d.forward`` does to its buffers in training, without its wait for the device."""
-    norm.num_batches_tracked.add_(1)
-    if seen is None:
-        return
-    for average, value in ((norm.running_mean, seen.mean), (norm.running_var, seen.var)):
-        momentum = 1 / norm.num_batches_tracked.to(average.dtype) if norm.momentum is None else norm.momentum
-        average.mul_(1 - momentum).add_(value * momentum)
+def _track(seen: list[tuple[nn.BatchNorm2d, ops.BatchStatistics | None]]) -> None:
+    """What ``nn.BatchNorm2d.forward`` does to its buffers in training, without its wait for the device, and for all
+    norms together: one launch for their counts, and one for the averages of those with the same momentum."""
+    torch._foreach_add_([norm.num_batches_tracked for norm, _ in seen], 1)
+    averages, values = {}, {}
+    for norm, statistics in seen:
+        if statistics is None:
+            continue
+        averages.setdefault(norm.momentum, []).extend((norm.running_mean, norm.running_var))
+        values.setdefault(norm.momentum, []).extend(statistics)
+        if norm.momentum is None:
+            share = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+            torch._foreach_lerp_(averages.pop(None), values.pop(None), [share, share])
+    for momentum, of in averages.items():
+        torch._foreach_lerp_(of, values[momentum], momentum)

@@ -136,12 +136,18 @@ def _setup_context(ctx, inputs, output):
     _, gathered, *parameters, ctx.heads, _, ctx.backend = inputs
     ctx.save_for_backward(gathered, *parameters, output[0], *output[4:])
     ctx.mark_non_differentiable(*output[4:])
+    ctx.set_materialize_grads(False)  # zeros for all that is kept would be eight launches
 
 
-def _backward(ctx, grad, dkey, dvalue, dquery, *_):
+def _backward(ctx, *grads):
     saved = ctx.saved_tensors
-    gradients = _text_path_backward(grad, dkey, dvalue, dquery, *saved, ctx.heads, ctx.backend)
-    if saved[21] is None:  # no query_weight
+    out, no_query = saved[23], saved[21] is None
+    if all(grad is None for grad in grads):
+        return (None,) * 27
+    grads = [torch.zeros_like(out) if grad is None else grad for grad in grads[: 3 if no_query else 4]]
+    grads += [out.new_empty(0)] * no_query
+    gradients = _text_path_backward(*grads, *saved, ctx.heads, ctx.backend)
+    if no_query:
         gradients = (*gradients[:-2], None, None)
     return (*gradients, None, None, None)
 

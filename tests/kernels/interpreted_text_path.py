@@ -6,7 +6,7 @@ import pytest
 import torch
 from fusekern.kernels import former as kernels
 from fusekern.kernels import text_path as launchers
-from interpreted_former import Spy, composition, guarded, lay_out
+from interpreted_former import Spy, assert_in_stages, composition, guarded, lay_out, tasks_and_waits
 from interpreted_former import make as make_former
 from torch import Tensor
 from torch.nn import functional as F
@@ -163,7 +163,17 @@ def test_launches_are_those_planned(query, monkeypatch):
     run(grads, tensors, CASES[0][0][2])
     plan = launchers.launches()
     assert launched == [*plan["fwd"], *plan["bwd"]]
-    assert (len(plan["fwd"]), len(plan["bwd"])) == (7, 12)
+    assert (len(plan["fwd"]), len(plan["bwd"])) == (2, 5)
+
+
+if DEVICE == "cpu":  # programs run one by one, in Python
+
+    @pytest.mark.parametrize("query", [True, False])
+    def test_a_product_waits_for_the_one_before(query, monkeypatch):
+        chains = tasks_and_waits(monkeypatch)
+        run(*make(CASES[0][0], query, torch.float32), CASES[0][0][2])
+        for chain, stages in zip(chains, (6, 5, 3), strict=True):
+            assert_in_stages(chain, stages)
 
 
 def through_the_op(tensors: list[Tensor], heads: int) -> list[Tensor]:

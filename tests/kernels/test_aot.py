@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_tells_the_unit_and_the_widths(compiled, arch, unit):
     assert list(report.loads) == ["128"] and list(report.stores) == ["128"]
     report, _ = compiled(toy(size=128, divisible=()), arch)
     assert list(report.stores) == ["32"]
+
+
+@pytest.mark.parametrize(
+    "case, waits",
+    [
+        ("fwd chain exits small bf16 512 64", 5),
+        ("bwd chain bridged small bf16 512", 4),
+        ("bwd entry bridged small bf16 512", 2),
+    ],
+)
+def test_chains_wait(case, waits, tmp_path, monkeypatch):
+    """A loop with nothing in it but a condition is there after all passes of the compiler, and no load before it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    built = aot.build(aot.cases_of("former")[case], 90).asm
+    for order in ("acquire", "release"):
+        assert built["ttgir"].count(f"tt.atomic_rmw add, {order}, gpu") == waits
+        assert re.search(rf"\b(?:ld|atom)\.global\S*\.{order}", built["ptx"])
+    assert "ld.global.nc" not in built["ptx"]  # a load that need not see what others store
 
 
 def test_a_spill_is_a_fault(compiled):
