@@ -58,6 +58,7 @@ class Case(ABC):
     others: dict[str, str] = {}  # further contenders, by the names of their methods
     native = ""  # a method that on CUDA is also timed with PyTorch's own kernels in the place of cuDNN's
     engines_want_nchw = False  # ONNX's convolutions know no other layout
+    draws = 1  # of values, over which the rule of parity takes errors together in 16 bits
     shapes: dict[str, tuple[Shape, ...]]
     fed: tuple[str, ...]
 
@@ -162,13 +163,16 @@ def with_gradients(call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tenso
 class Truth:
     """What PyTorch says in float64, and in the dtype at hand over its orderings and layouts."""
 
-    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False) -> None:
+    def __init__(
+        self, case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False, draw: int = 0
+    ) -> None:
         self.case, self.shape = case, shape
-        self.tensors = make(case, shape, dtype, device, timed=timed)
+        self.tensors = make(case, shape, dtype, device, 2 * draw, timed)
         exact = [tensor.double() for tensor in self.tensors.values()]
         with torch.no_grad():
             size = case.reference(shape, *exact).shape
-        self.grad = torch.randn(size, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+        generator = torch.Generator(device).manual_seed(2 * draw + 1)
+        self.grad = torch.randn(size, generator=generator, device=device).to(dtype)
         self.exact = self.run(case.reference, exact, self.grad.double())
         self.peers = self._layouts(case.reference)
         # A wrong peer would widen the rule's tolerance until it allows anything.
@@ -191,18 +195,7 @@ class Truth:
 
     def judge(self, found: Sequence[Tensor]) -> list[str]:
         """What is wrong with a result and, if they are given too, its gradients."""
-        wrong, others, exact = [], [self.named(peer) for peer in self.peers], self.named(self.exact)
-        parts = self.case.parts(self.shape, found[0])
-        mine, groups = self.named(found), {}
-        for name in mine:
-            group = self.case.judged_with(name) if found[0].dtype.itemsize == 2 else name
-            groups.setdefault(group, []).append(name)
-        for group, names in groups.items():
-            scales = {name: _power_of_two(exact[name]) if len(names) > 1 else 1.0 for name in names}
-            joined = [_joined(of, scales) for of in (mine, exact, *others)]
-            faults = check_parity(joined[0], joined[2:], joined[1], gradient=names[0] not in parts)
-            wrong += [f"{group}: {fault}" for fault in faults]
-        return wrong
+        return judge([self], [found])
 
     def errors(self, found: Sequence[Tensor]) -> dict[str, tuple[float, float]]:
         """For every name the largest error and the relative L2 error."""
@@ -216,17 +209,43 @@ class Truth:
         return [] if error <= allowed else [f"wrong result: relative L2 error {error:.3g}, allowed {allowed:.3g}"]
 
 
-def _power_of_two(exact: Tensor) -> float:
-    """The one by which values come nearest to 1, exactly in any dtype; 1 for zeros."""
-    size = exact.square().mean().sqrt()
+def draws(case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False) -> list[Truth]:
+    """The truths by which the case is judged."""
+    return [Truth(case, shape, dtype, device, timed, draw) for draw in range(case.draws if dtype.itemsize == 2 else 1)]
+
+
+def judge(truths: Sequence[Truth], found: Sequence[Sequence[Tensor]]) -> list[str]:
+    """What is wrong with a result of each draw and, if they are given too, its gradients. The draws count as one."""
+    case, groups = truths[0].case, {}
+    parts = case.parts(truths[0].shape, found[0][0])
+    for name in truths[0].named(found[0]):
+        group = case.judged_with(name) if found[0][0].dtype.itemsize == 2 else name
+        groups.setdefault(group, []).append(name)
+    peers, wrong = min(len(truth.peers) for truth in truths), []
+    for group, names in groups.items():
+        columns = [columns(truth, mine, names, peers) for truth, mine in zip(truths, found, strict=True)]
+        mine, exact, *others = (torch.cat(column) for column in zip(*columns, strict=True))
+        faults = check_parity(mine, others, exact, gradient=names[0] not in parts)
+        wrong += [f"{group}: {fault}" for fault in faults]
+    return wrong
+
+
+def columns(truth: Truth, found: Sequence[Tensor], names: Sequence[str], peers: int) -> list[Tensor]:
+    """The tensors of these names one after the other, as found, as they are in truth, and as each peer has them. If
+    they are several, each is multiplied by the power of 2 that brings it nearest to 1."""
+    exact, *others = (truth.named(of) for of in (truth.exact, *truth.peers[:peers]))
+    scales = dict.fromkeys(names, 1.0)
+    if len(names) > 1:
+        scales = {name: _power_of_two(exact[name], [other[name] for other in others]) for name in names}
+    every = (truth.named(found), exact, *others)
+    return [torch.cat([(of[name] * scale).flatten() for name, scale in scales.items()]) for of in every]
+
+
+def _power_of_two(exact: Tensor, others: Sequence[Tensor]) -> float:
+    """The one by which values come nearest to 1, exactly in any dtype; 1 for zeros. What is zero but for roundings, as
+    the gradient of a bias that a softmax takes away, counts by the size of these."""
+    size = max(part.square().mean().sqrt() for part in (exact, *(other - exact for other in others)))
     return 2.0 ** -round(size.log2().item()) if size > 0 and size.isfinite() else 1.0
-
-
-def _joined(tensors: dict[str, Tensor], scales: dict[str, float]) -> Tensor:
-    """Those that have a scale, one after the other."""
-    if len(scales) == 1:
-        return tensors[next(iter(scales))]
-    return torch.cat([(tensors[name] * scale).flatten() for name, scale in scales.items()])
 
 
 def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:

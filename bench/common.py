@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import peers, report
-from bench.case import LAYOUTS, Case, Shape, Truth, lay_out, make, with_gradients
+from bench.case import LAYOUTS, Case, Shape, Truth, draws, judge, lay_out, make, with_gradients
 from bench.peers import FUSED, GRAPHED
 from bench.timing import STATISTIC, Burst, Ceilings, capture, interleaved, keep_freed_memory, rotation
 from bench.zeros import Zeros
@@ -40,8 +40,9 @@ PASSES = ("forward", "forward_backward")
 STOPPED = 3  # exit code: --seconds is over and rows are left
 
 
-def measure(case: Case, truth: Truth, layout: str, options: argparse.Namespace, ceilings: Ceilings) -> dict:
+def measure(case: Case, truths: list[Truth], layout: str, options: argparse.Namespace, ceilings: Ceilings) -> dict:
     """One row."""
+    truth = truths[0]
     shape, device = truth.shape, options.device
     tensors = dict(zip(truth.tensors, truth.laid_out(layout), strict=True))
     dtype = str(truth.grad.dtype).removeprefix("torch.")
@@ -58,6 +59,7 @@ def measure(case: Case, truth: Truth, layout: str, options: argparse.Namespace, 
         "layout": layout,
         "backend": backend,
         "auto": case.resolved(shape, *tensors.values()),
+        "draws": len(truths),
         "wrong": [],
         "not": {},
         "memory": {},
@@ -68,7 +70,7 @@ def measure(case: Case, truth: Truth, layout: str, options: argparse.Namespace, 
             continue
         try:
             contender = peers.build(name, case, shape, tensors, layout == "channels_last", backend)
-            faults = _first_call(name, contender, truth, layout)
+            faults = _first_call(name, contender, truths, layout)
         except peers.Unavailable as reason:
             row["not"][name] = str(reason)
             continue
@@ -103,9 +105,9 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _first_call(name: str, contender: peers.Contender, truth: Truth, layout: str) -> list[str]:
-    """What is wrong with a contender's results."""
-    tensors, grad = truth.laid_out(layout), lay_out(truth.grad, layout)
+def _first_call(name: str, contender: peers.Contender, truths: list[Truth], layout: str) -> list[str]:
+    """What is wrong with a contender's results; fusekern's are judged over all draws."""
+    truth, tensors = truths[0], truths[0].laid_out(layout)
     if contender.graphed:  # it is tied to the tensors of its first call; `compile` runs the same code
         return []
     with contender.context():
@@ -115,25 +117,33 @@ def _first_call(name: str, contender: peers.Contender, truth: Truth, layout: str
                 return ["inside a CUDA graph the result is another"]
         if not contender.gradients:
             return truth.sane(inference)
-        found = with_gradients(contender.call, tensors, grad)
+        seen = truths if name == FUSED else truths[:1]
+        found = [with_gradients(contender.call, of.laid_out(layout), lay_out(of.grad, layout)) for of in seen]
     if name != FUSED:
-        return truth.sane(found[0])
-    wrong = truth.judge(found)
-    return wrong if torch.equal(inference, found[0]) else wrong + truth.judge((inference, *found[1:]))
+        return truth.sane(found[0][0])
+    wrong = judge(truths, found)
+    return wrong if torch.equal(inference, found[0][0]) else wrong + _of_inference(contender, truths, found, layout)
+
+
+def _of_inference(contender: peers.Contender, truths: list[Truth], found: list, layout: str) -> list[str]:
+    with torch.no_grad(), contender.context():
+        others = [contender.call(*of.laid_out(layout)) for of in truths]
+    return judge(truths, [(other, *gradients) for other, (_, *gradients) in zip(others, found, strict=True)])
 
 
 def _as_timed(contender: peers.Contender, case: Case, truth: Truth, layout: str, row: dict) -> list[str]:
     """What is wrong with the result on the values that are timed, of whose zeros this makes a note."""
     if type(case).timed is Case.timed:
         return []
-    timed = Truth(case, truth.shape, truth.grad.dtype, truth.grad.device.type, timed=True)
-    tensors = timed.laid_out(layout)
+    timed = draws(case, truth.shape, truth.grad.dtype, truth.grad.device.type, timed=True)
+    tensors = [of.laid_out(layout) for of in timed]
     with torch.no_grad():
         with Zeros() as seen:
-            case.eager(truth.shape, *tensors)
+            case.eager(truth.shape, *tensors[0])
         row["zeros"] = fmean(seen.before_products())
         with contender.context():
-            return [f"as timed, {fault}" for fault in timed.judge([contender.call(*tensors)])]
+            found = [[contender.call(*of)] for of in tensors]
+        return [f"as timed, {fault}" for fault in judge(timed, found)]
 
 
 def _captures(call, tensors: Sequence[Tensor], expected: Tensor) -> bool:
@@ -338,13 +348,13 @@ def main(cases: Sequence[Case], arguments: Sequence[str] | None = None) -> int:
         if stopped or not left:
             continue
         ceilings.measure(dtypes, options.seconds_a_pass / 10, options.quick)
-        truth = Truth(case, shape, DTYPES[dtype], options.device)
+        truths = draws(case, shape, DTYPES[dtype], options.device)
         for layout in left:
-            rows.append(measure(case, truth, layout, options, ceilings))
+            rows.append(measure(case, truths, layout, options, ceilings))
             print("\n".join(report.lines(rows[-1], columns)), flush=True)
             found["ceilings"] = ceilings.as_json()
             report.write(found, options.out)
-        del truth
+        del truths
         if options.compile:
             torch._dynamo.reset()
         gc.collect()

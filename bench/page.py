@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import learning, memory, numerics, report, zeros
+from bench import learning, memory, numerics, report, scatter, zeros
 
 RESULTS = report.ROOT / "bench" / "results"
 PAGES = tuple(report.ROOT / name for name in ("README.md", "docs/performance.md", "docs/numerics.md"))
@@ -173,7 +173,7 @@ def figures(name: str) -> str:
     if result["op"] == "launches":
         return "\n".join([*launches(result), ""])
     tables = {"numerics": numerics.table, "model": report.model_lines, "learning": learning.table}
-    tables |= {"memory": memory.table, "zeros": zeros.table}
+    tables |= {"memory": memory.table, "zeros": zeros.table, "scatter": scatter.table}
     lines = tables[result["op"]](result["rows"]) if result["op"] in tables else speeds(result)
     return "\n".join([origin(result), "", *lines, ""])
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from bench import (
     score_map,
     text_path,
 )
-from bench.case import LAYOUTS, Shape, lay_out, make
+from bench.case import LAYOUTS, Shape, judge, lay_out, make
 from bench.timing import Burst, Ceilings, interleaved, rotation
 from fusekern import extensions
 from fusekern.backends import BACKENDS
@@ -119,6 +120,54 @@ def test_no_speed_of_a_kernel_that_is_wrong(fault, tmp_path, monkeypatch, capsys
         assert {fault.split(":")[0] for row in found["rows"] for fault in row["wrong"]} <= {"dimage", "dkey", "dvalue"}
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| former2conv |")]
     assert len(rows) == 2 and all("RED, no speed" in line for line in rows)
+
+
+class Drawn:
+    """A truth in bf16 with two peers, whose relative errors are given; of the parameters one is zero but for noise."""
+
+    def __init__(self, errors, zero=1e-17):
+        self.case, self.shape = SimpleNamespace(parts=lambda shape, out: {"out": out}, judged_with=self.group), None
+        self.sizes = {"out": (64, 64), "dweight": (64, 64), "dbias": (64,)}
+        draws = {name: torch.randn(size, dtype=torch.float64) for name, size in self.sizes.items()}
+        self.exact = [draws["out"], draws["dweight"], zero * draws["dbias"]]
+        self.peers = [self.with_errors(dict.fromkeys(self.sizes, error)) for error in errors]
+
+    @staticmethod
+    def group(name):
+        return name if name == "out" else "parameters"
+
+    def named(self, found):
+        return dict(zip(self.sizes, found, strict=True))
+
+    def with_errors(self, errors):
+        found = []
+        for name, exact in self.named(self.exact).items():
+            noise = errors[name] * torch.randn_like(exact)
+            found.append((noise if name == "dbias" else exact * (1 + noise)).bfloat16())
+        return found
+
+
+def test_draws_are_judged_together():
+    torch.manual_seed(0)
+    truths = [Drawn((0.1, 0.1)) for _ in range(4)]
+    found = [
+        truth.with_errors(dict.fromkeys(truth.sizes, error))
+        for truth, error in zip(truths, (13e-2, 7e-2, 8e-2, 8e-2), strict=True)
+    ]
+    assert judge(truths, found) == []
+    assert len(judge(truths[:1], found[:1])) == 2  # 1.1 times as much is allowed
+    found = [truth.with_errors(dict.fromkeys(truth.sizes, 0.13)) for truth in truths]
+    assert [fault.split(":")[0] for fault in judge(truths, found)] == ["out", "parameters"]
+
+
+def test_a_gradient_of_nothing_but_noise_hides_no_error():
+    """As that of a bias which a softmax takes away: multiplied until it were 1 it would be all that is judged."""
+    torch.manual_seed(0)
+    truth = Drawn((0.1, 0.1))
+    errors = dict.fromkeys(truth.sizes, 0.1)
+    assert judge([truth], [truth.with_errors(errors)]) == []
+    assert judge([truth], [truth.with_errors({**errors, "dweight": 0.15})])[0].startswith("parameters: relative L2")
+    assert judge([truth], [truth.with_errors({**errors, "dbias": 10})])[0].startswith("parameters: ")
 
 
 def test_scores_are_not_judged_by_the_scale_of_the_image_beside_them(tmp_path, monkeypatch):
