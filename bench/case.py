@@ -223,8 +223,8 @@ def judge(truths: Sequence[Truth], found: Sequence[Sequence[Tensor]]) -> list[st
         groups.setdefault(group, []).append(name)
     peers, wrong = min(len(truth.peers) for truth in truths), []
     for group, names in groups.items():
-        columns = [columns(truth, mine, names, peers) for truth, mine in zip(truths, found, strict=True)]
-        mine, exact, *others = (torch.cat(column) for column in zip(*columns, strict=True))
+        sides = [columns(truth, mine, names, peers) for truth, mine in zip(truths, found, strict=True)]
+        mine, exact, *others = (torch.cat(column) for column in zip(*sides, strict=True))
         faults = check_parity(mine, others, exact, gradient=names[0] not in parts)
         wrong += [f"{group}: {fault}" for fault in faults]
     return wrong
