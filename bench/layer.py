@@ -106,13 +106,7 @@ class Training(Case):
         return {"image": out[:, : shape.channels], "score": out[:, shape.channels :]}
 
     def flops(self, shape):
-        c, k, b = shape.channels, shape.tokens, shape.batch
-        pixels, tokens, hidden = b * shape.size**2, b * (shape.size // 3) ** 2, c * expansion(shape)
-        bottleneck = 2 * pixels * hidden * (2 * c + 9)
-        to_text = 18 * tokens * c**2 + 4 * b * k * c**2 + 4 * tokens * k * c
-        former = 16 * b * k * c**2 + 4 * b * k**2 * c
-        to_image = 4 * b * k * c**2 + 4 * pixels * k * c
-        forward = BLOCKS * (bottleneck + to_text + former + to_image) + 2 * pixels * k * c
+        forward = sum(flops_of_ops(shape).values())
         return forward, 2 * forward
 
     def elements(self, shape):
@@ -147,6 +141,20 @@ class Inference(Training):
 def layer_of(shape, backend: str = "auto") -> ConvFormer:
     heads = {"bridge_heads": shape.heads, "text_heads": shape.heads}
     return ConvFormer(shape.channels, blocks=BLOCKS, expansion=expansion(shape), backend=backend, **heads)
+
+
+def flops_of_ops(shape) -> dict[str, int]:
+    """Of the forward, by the op that a block has for them."""
+    c, k, b = shape.channels, shape.tokens, shape.batch
+    pixels, tokens, hidden = b * shape.size**2, b * (shape.size // 3) ** 2, c * expansion(shape)
+    block = {
+        "inverted_bottleneck": 2 * pixels * hidden * (2 * c + 9),
+        "downsample": 18 * tokens * c**2,
+        "conv2former": 4 * tokens * k * c,
+        "text_path": 24 * b * k * c**2 + 4 * b * k**2 * c,
+        "former2conv": 4 * pixels * k * c,
+    }
+    return {**{op: BLOCKS * flops for op, flops in block.items()}, "score_map": 2 * pixels * k * c}
 
 
 @cache
