@@ -161,12 +161,13 @@ def with_gradients(call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tenso
 
 
 class Truth:
-    """What PyTorch says in float64, and in the dtype at hand over its orderings and layouts."""
+    """What PyTorch says in float64, and in the dtype at hand over its orderings and layouts; of values that are timed,
+    of which parity judges no gradients, the results alone."""
 
     def __init__(
         self, case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False, draw: int = 0
     ) -> None:
-        self.case, self.shape = case, shape
+        self.case, self.shape, self.learning = case, shape, not timed
         self.tensors = make(case, shape, dtype, device, 2 * draw, timed)
         exact = [tensor.double() for tensor in self.tensors.values()]
         with torch.no_grad():
@@ -182,7 +183,10 @@ class Truth:
         return [self.run(call, self.laid_out(layout), lay_out(self.grad, layout)) for layout in LAYOUTS]
 
     def run(self, call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-        return with_gradients(lambda *leaves: call(self.shape, *leaves), tensors, grad)
+        if self.learning:
+            return with_gradients(lambda *leaves: call(self.shape, *leaves), tensors, grad)
+        with torch.no_grad():
+            return (call(self.shape, *tensors),)
 
     def laid_out(self, layout: str) -> list[Tensor]:
         return [lay_out(tensor, layout) for tensor in self.tensors.values()]
@@ -215,7 +219,8 @@ def draws(case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool
 
 
 def judge(truths: Sequence[Truth], found: Sequence[Sequence[Tensor]]) -> list[str]:
-    """What is wrong with a result of each draw and, if they are given too, its gradients. The draws count as one."""
+    """What is wrong with a result of each draw and, if they are given too, its gradients. The draws count as one; where
+    several gradients do, one draw has numbers enough, and there may be too many for more."""
     case, groups = truths[0].case, {}
     parts = case.parts(truths[0].shape, found[0][0])
     for name in truths[0].named(found[0]):
@@ -223,7 +228,8 @@ def judge(truths: Sequence[Truth], found: Sequence[Sequence[Tensor]]) -> list[st
         groups.setdefault(group, []).append(name)
     peers, wrong = min(len(truth.peers) for truth in truths), []
     for group, names in groups.items():
-        sides = [columns(truth, mine, names, peers) for truth, mine in zip(truths, found, strict=True)]
+        drawn = list(zip(truths, found, strict=True))[: 1 if len(names) > 1 else None]
+        sides = [columns(truth, mine, names, peers) for truth, mine in drawn]
         mine, exact, *others = (torch.cat(column) for column in zip(*sides, strict=True))
         faults = check_parity(mine, others, exact, gradient=names[0] not in parts)
         wrong += [f"{group}: {fault}" for fault in faults]
