@@ -165,11 +165,15 @@ def _matrices(expand: Tensor, depthwise: Tensor, project: Tensor) -> tuple[Tenso
     return expand.flatten(1).contiguous(), depthwise.flatten(0, 1).contiguous(), project.flatten(1).contiguous()
 
 
+def _output(image: Tensor, channels: int, stride: int) -> Tensor:
+    """Uninitialised."""
+    return empty_image(image, channels, (_strided(image.shape[2], stride), _strided(image.shape[3], stride)))
+
+
 def _outputs(image: Tensor, hidden: int, channels: int, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, y1, y2 and y3, uninitialised."""
-    size = _strided(image.shape[2], stride), _strided(image.shape[3], stride)
-    out = empty_image(image, channels, size)
-    return out, empty_image(image, hidden), empty_image(image, hidden, size), torch.empty_like(out)
+    out = _output(image, channels, stride)
+    return out, empty_image(image, hidden), empty_image(image, hidden, out.shape[2:]), torch.empty_like(out)
 
 
 def _pixels(tensor: Tensor) -> int:
@@ -204,9 +208,8 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     *parts, eps, batch, stride, residual, learning, low, group, backend = rest
     norms = _norms_of(parts, eps, batch, backend)
     w1, wd, w3 = _matrices(expand, depthwise, project)
-    out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
     run = _stages(backend, image)
-    vectors = [new_vectors(image, 5, y.shape[1]) for y in (y1, y2, y3)]
+    vectors = [new_vectors(image, 5, width) for width in (w1.shape[0], w1.shape[0], w3.shape[0])]
     infers = not learning and not any(batch)
     affine = [of[:2] for of in vectors]
     if infers and backend == "cuda":
@@ -214,8 +217,10 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     elif not all(batch):
         fill_vectors([None if norm.batch else norm for norm in norms], vectors, backend)
     if infers:
+        out = _output(image, w3.shape[0], stride)
         run("infer", image, w1, affine[0], wd, affine[1], w3, affine[2], stride, residual, out)
         return (out, *(image.new_empty(0) for _ in range(6)))
+    out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
 
     def run_before(i: int, left: object, stage: str, *arguments: object) -> object:
         """A stage whose result, the last of the arguments, norm i sees."""
@@ -240,9 +245,9 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
 @_inverted_bottleneck.register_fake
 def _(image, expand, depthwise, project, *rest):
     *_, batch, stride, _, learning, low, _, _ = rest
-    out, y1, y2, y3 = _outputs(image, expand.shape[0], project.shape[0], stride)
     if not learning and not any(batch):
-        return (out, *(image.new_empty(0) for _ in range(6)))
+        return (_output(image, project.shape[0], stride), *(image.new_empty(0) for _ in range(6)))
+    out, y1, y2, y3 = _outputs(image, expand.shape[0], project.shape[0], stride)
     vectors = [image.new_empty(5, y.shape[1], dtype=torch.float32) for y in (y1, y2, y3)]
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
