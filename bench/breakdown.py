@@ -9,7 +9,6 @@ many calls counts. The rate of products is measured in the same run, in the cach
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,9 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = Ceilings("cpu")
     ceilings.measure(list(DTYPES), 1.0, quick=True)
     rows = [row for dtype in DTYPES for row in rows_of(dtype, SHAPE, options.calls, ceilings)]
-    words = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "bench.breakdown", *map(str, words)])
-    report.write({"op": "breakdown", **report.describe("cpu"), "command": command, "rows": rows}, options.out)
+    report.publish("breakdown", arguments, rows, options.out)
     print("\n".join(table(rows)))
     return 0
 

@@ -9,7 +9,6 @@ Bytes of all tensors that a forward saves, parameters and buffers left out: a pr
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -84,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ours, eager = measure(expansion, memory)
             row = {"subject": subject, "expansion": expansion, "memory": memory, "goal": goal}
             rows.append({**row, "bytes": ours, "eager_bytes": eager})
-    words = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "bench.memory", *map(str, words)])
-    report.write({"op": "memory", **report.describe("cpu"), "command": command, "rows": rows}, options.out)
+    report.publish("memory", arguments, rows, options.out)
     print("\n".join(table(rows)))
     return 0
 

@@ -7,9 +7,11 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,6 +118,13 @@ def write(report: dict, out: Path) -> None:
     part = out.with_suffix(".part")
     part.write_text(json.dumps(_rounded(report), indent=1) + "\n")
     part.replace(out)
+
+
+def publish(op: str, arguments: Sequence[str] | None, rows: list[dict], out: Path) -> None:
+    """Writes what ``python -m bench.OP`` found on a CPU with these arguments, none for those of the process."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", f"bench.{op}", *map(str, words)])
+    write({"op": op, **describe("cpu"), "command": command, "rows": rows}, out)
 
 
 def _rounded(value):

@@ -10,7 +10,6 @@ several draws as one for that reason.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,10 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "bench.scatter", *map(str, words)])
     rows = [row for case in CASES for row in rows_of(case, options.draws)]
-    report.write({"op": "scatter", **report.describe("cpu"), "command": command, "rows": rows}, options.out)
+    report.publish("scatter", arguments, rows, options.out)
     print("\n".join(table(rows)))
     return 0
 

@@ -9,7 +9,6 @@ these zeros, so that their speed depends on the share: the benchmarks tell it of
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,21 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pictures.append(seen.before_products())
     if not pictures[0]:
         parser.error(f"{options.run}: this model has no inverted bottleneck in a fusion layer")
-    words = sys.argv[1:] if arguments is None else arguments
-    found = {
-        "op": "zeros",
-        **report.describe("cpu"),
-        "command": shlex.join(["python", "-m", "bench.zeros", *map(str, words)]),
-        "rows": [
-            {
-                "run": f"{options.run.name}, step {loaded.step}",
-                "images": len(files),
-                "shares": torch.tensor(pictures).mean(0).tolist(),
-            }
-        ],
-    }
-    report.write(found, options.out)
-    print("\n".join(table(found["rows"])))
+    shares = torch.tensor(pictures).mean(0).tolist()
+    rows = [{"run": f"{options.run.name}, step {loaded.step}", "images": len(files), "shares": shares}]
+    report.publish("zeros", arguments, rows, options.out)
+    print("\n".join(table(rows)))
     return 0
 
 

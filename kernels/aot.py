@@ -40,9 +40,9 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former", "former2conv", "score_map")
+PARTS = ("former_fwd", "former_bwd")  # where former's kernels lie
 # An op's file, and others' that its kernels lie in or call.
-USES = {"inverted_bottleneck": ("batch_norm",), "former": ("former_fwd", "former_bwd")}
-PARTS = ("former_fwd", "former_bwd")
+USES = {"inverted_bottleneck": ("batch_norm",), "former": PARTS}
 NO_KERNELS = ("text_path", "aot", "__init__")  # launches former's
 ARCHS = (80, 90, 100)
 # Shared memory that a program can have, bytes: 1 KiB less than the multiprocessor's own.
