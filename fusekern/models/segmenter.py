@@ -166,7 +166,8 @@ def _stream(seed: int, name: str) -> Iterator[None]:
 
 
 def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    # Contiguous while it is small: log_softmax over a large channels_last map copies it first.
+    return F.interpolate(logits.float().contiguous(), size=size, mode="bilinear", align_corners=False)
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
