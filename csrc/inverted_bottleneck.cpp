@@ -770,10 +770,7 @@ void project_bwd(const Tensor& g,        // [B, O, h, w]
         multiply(dy, weight, back.matrix(own, 0, channels), false, {next, false, &kept});
         mask(back, chunk, c0, sums.data);
       }
-      LinearFinish finish{};
-      finish.product = across.data, finish.rows = O, finish.columns = channels;
-      finish.out = data_of(dw3) + c0, finish.ld = E;
-      FUSEKERN_PICK(linear_finish)(finish);
+      FUSEKERN_PICK(turn_matrix)(across.data, channels, O, data_of(dw3) + c0, E);
     }
     if (all_sums.data)
       for (int64_t i = 0; i < 2; ++i) std::copy_n(sums.data + i * channels, channels, all_sums.data + i * E + c0);

@@ -4,6 +4,7 @@
 #define FUSEKERN_ISA avx512
 
 #include "conv2former_body.h"
+#include "dot_product_body.h"
 #include "former2conv_body.h"
 #include "former_body.h"
 #include "inverted_bottleneck_body.h"

@@ -2,6 +2,7 @@
 #define FUSEKERN_ISA baseline
 
 #include "conv2former_body.h"
+#include "dot_product_body.h"
 #include "former2conv_body.h"
 #include "former_body.h"
 #include "inverted_bottleneck_body.h"

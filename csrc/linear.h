@@ -1,4 +1,4 @@
-// Linear layers in fp32 by matrix_product.
+// Linear layers and other products in fp32.
 #pragma once
 
 #include "arguments.h"
@@ -31,29 +31,24 @@ inline void multiply(int64_t rows, int64_t columns, int64_t terms, const Matrix&
   FUSEKERN_PICK(matrix_product)(p, packed.data);
 }
 
-// out [R][n] = x [R][d] weight^T + bias (+ residual); activated = gelu(out)
+// out [R][n] = x [R][d] weight^T + bias (+ residual); activated = gelu(out). The columns of x and weight lie side by side.
 inline void linear(int64_t R, int64_t n, int64_t d, const Matrix& x, const float* weight, const float* bias,
                    const Matrix* residual, float* out, float* activated) {
   const int64_t blocks = (n + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, chunks = (R + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
-  // Either the weight is copied together, as much work as some 12 rows, or a vector holds up to 16 rows, and what is
-  // copied is the input, and the result on its way to where it belongs: a tenth. As measured with AVX-512.
-  const bool straight = 10 * (R + 12) < 11 * ((R + 15) / 16 * 16);
   in_parallel(blocks * chunks, 2 * R * n * d / (blocks * chunks), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item % blocks * PRODUCT_COLUMNS, r = item / blocks * PRODUCT_ROWS;
-      const int64_t columns = std::min(PRODUCT_COLUMNS, n - i), rows = std::min(PRODUCT_ROWS, R - r);
-      const Scratch product(straight ? 0 : columns * rows);
-      const Matrix some{const_cast<float*>(weight) + i * d, d, 1};
-      if (straight)
-        multiply(rows, columns, d, at(x, r, 0), turned(some), {out + r * n + i, n, 1}, false);
-      else
-        multiply(columns, rows, d, some, turned(at(x, r, 0)), {product.data, rows, 1}, false);
+      MatrixProduct p{};
+      p.rows = std::min(PRODUCT_ROWS, R - r), p.columns = std::min(PRODUCT_COLUMNS, n - i), p.terms = d;
+      p.a = x.data + r * x.row, p.a_row = x.row, p.a_term = 1;
+      p.b = weight + i * d, p.b_term = 1, p.b_column = d;
+      p.c = out + r * n + i, p.c_row = n;
+      FUSEKERN_PICK(dot_product)(p);
       LinearFinish finish{};
-      finish.product = straight ? nullptr : product.data;
-      finish.rows = rows, finish.columns = columns, finish.ld = n;
+      finish.rows = p.rows, finish.columns = p.columns, finish.ld = n;
       finish.bias = bias == nullptr ? nullptr : bias + i;
       if (residual != nullptr) finish.residual = at(*residual, r, i).data, finish.residual_ld = residual->row;
-      finish.out = out + r * n + i;
+      finish.out = p.c;
       finish.activated = activated == nullptr ? nullptr : activated + r * n + i;
       FUSEKERN_PICK(linear_finish)(finish);
     }

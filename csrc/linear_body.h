@@ -57,35 +57,15 @@ FUSEKERN_INLINE void each(int64_t count, const F& f) {
 
 void linear_finish(const LinearFinish& f) {
   using namespace text;
-  if (f.product == nullptr) {
-    for (int64_t r = 0; r < f.rows; ++r)
-      each(f.columns, [&](int64_t c, Lanes lanes) {
-        float* const to = f.out + r * f.ld + c;
-        V x = load(to, lanes);
-        if (f.bias != nullptr) x = x + load(f.bias + c, lanes);
-        if (f.residual != nullptr) x = x + load(f.residual + r * f.residual_ld + c, lanes);
-        store(to, x, lanes);
-        if (f.activated != nullptr) store(f.activated + r * f.ld + c, gelu(x), lanes);
-      });
-    return;
-  }
-  for (int64_t r = 0; r < f.rows; r += W) {
-    const Lanes down = first(f.rows - r);
-    for (int64_t c = 0; c < f.columns; c += W) {
-      const Lanes across = first(f.columns - c);
-      const V bias = f.bias == nullptr ? zero() : load(f.bias + c, across);
-      V block[W];
-      for (int i = 0; i < W; ++i)
-        block[i] = c + i < f.columns ? load(f.product + (c + i) * f.rows + r, down) : zero();
-      transpose(block);
-      for (int64_t i = 0; i < W && r + i < f.rows; ++i) {
-        V x = block[i] + bias;
-        if (f.residual != nullptr) x = x + load(f.residual + (r + i) * f.residual_ld + c, across);
-        store(f.out + (r + i) * f.ld + c, x, across);
-        if (f.activated != nullptr) store(f.activated + (r + i) * f.ld + c, gelu(x), across);
-      }
-    }
-  }
+  for (int64_t r = 0; r < f.rows; ++r)
+    each(f.columns, [&](int64_t c, Lanes lanes) {
+      float* const to = f.out + r * f.ld + c;
+      V x = load(to, lanes);
+      if (f.bias != nullptr) x = x + load(f.bias + c, lanes);
+      if (f.residual != nullptr) x = x + load(f.residual + r * f.residual_ld + c, lanes);
+      store(to, x, lanes);
+      if (f.activated != nullptr) store(f.activated + r * f.ld + c, gelu(x), lanes);
+    });
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

@@ -28,9 +28,8 @@ struct MatrixProduct {
   Beside beside;
 };
 
-// Some rows and columns of a product, which lies transposed, on their way to where they belong, or which are there.
+// What is added to some rows and columns of a product, in place.
 struct LinearFinish {
-  const float* product;  // [columns][rows], or null: out holds it
   int64_t rows, columns, ld;
   const float* bias;      // [columns], or null
   const float* residual;  // [rows][columns] at its own ld, or null
@@ -42,6 +41,8 @@ struct LinearFinish {
 FUSEKERN_BODY(
     int64_t matrix_product_floats();  // of working memory
     void matrix_product(const MatrixProduct& product, float* packed);
+    // Where the terms of both lie side by side; addend and beside are not looked at.
+    void dot_product(const MatrixProduct& product);
     // Of an a whose terms lie side by side: how many of its numbers are not zero, and the product, to the same bits, by
     // passing over those that are.
     int64_t matrix_product_not_zero(const MatrixProduct& product);
@@ -50,7 +51,9 @@ FUSEKERN_BODY(
     // Of such an a, with zero for what is not wanted of c.
     int64_t masked_product_floats();  // of working memory
     void masked_product(const MatrixProduct& product, float* memory);
-    // out = product^T + bias (+ residual); activated = gelu(out)
+    // to [columns][rows], whose rows are ld apart, from a matrix [rows][columns]
+    void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, int64_t ld);
+    // out += bias (+ residual); activated = gelu(out)
     void linear_finish(const LinearFinish& finish);)
 
 }  // namespace fusekern

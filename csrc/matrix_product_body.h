@@ -4,6 +4,7 @@
 // strides, are multiplied with it. Each sum runs in one order, whatever the sizes around it.
 #pragma once
 
+#include "ahead.h"
 #include "matrix_product.h"
 #include "simd.h"
 
@@ -13,25 +14,6 @@ namespace product {
 
 constexpr int TALLEST = W == 16 ? 12 : 6;  // rows whose sums fill the registers
 constexpr int64_t TERMS = 512;             // of a panel: no more of it would stay in the cache
-
-constexpr int LINE = 16;  // floats
-
-// Lines to bring into the cache, `length` side by side and then the next row of them.
-struct Ahead {
-  const float* at;
-  int64_t left, length, skip, done;
-
-  FUSEKERN_INLINE void fetch(Ahead& ahead) {
-    if (ahead.left == 0) return;
-    prefetch(ahead.at);
-    ahead.at += LINE, --ahead.left;
-    if (++ahead.done == ahead.length) ahead.done = 0, ahead.at += ahead.skip;
-  }
-};
-
-FUSEKERN_INLINE Ahead ahead_of(const Beside& beside) {
-  return {beside.at, beside.rows * beside.lines, beside.lines, beside.row - beside.lines * LINE, 0};
-}
 
 // Between the terms a line of what is needed next is fetched now and then: it may lie far away.
 template <int M, int N>
@@ -119,6 +101,17 @@ static Ahead ahead_of(const MatrixProduct& p, int64_t column, int64_t begin, int
 }
 
 }  // namespace product
+
+void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, int64_t ld) {
+  for (int64_t c = 0; c < columns; c += W)
+    for (int64_t r = 0; r < rows; r += W) {
+      V block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = r + i < rows ? load(matrix + (r + i) * columns + c, first(columns - c)) : zero();
+      transpose(block);
+      for (int64_t i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * ld + r, block[i], first(rows - r));
+    }
+}
 
 int64_t matrix_product_floats() { return 2 * W * product::TERMS; }
 

@@ -260,6 +260,25 @@ FUSEKERN_INLINE void prefetch(const void* p) {
 #endif
 }
 
+// The same into the L1 cache.
+FUSEKERN_INLINE void prefetch_near(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 0, 3);
+#endif
+}
+
+// x, which GCC then reads from memory once, instead of in every instruction that it is part of.
+FUSEKERN_INLINE V in_register(V x) {
+#if FUSEKERN_WIDTH == 16
+  asm("" : "+v"(x));
+#elif FUSEKERN_WIDTH == 8
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 #if FUSEKERN_WIDTH == 16
 // Two bf16 to each 32 bits, for CPUs where cpu_has_bf16(). In assembler, because a target that the file is not compiled
 // for cannot be had for templates.
@@ -333,6 +352,25 @@ FUSEKERN_INLINE float max(V x) {
   float most = x[0];
   for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
   return most;
+#endif
+}
+
+// The sum of each.
+FUSEKERN_INLINE void four_sums(V a, V b, V c, V d, float (&to)[4]) {
+#if FUSEKERN_WIDTH == 4
+  to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+#else
+#if FUSEKERN_WIDTH == 16
+  const V ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const V cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const V quarters = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m256 halves = _mm512_castps512_ps256(quarters) + _mm512_extractf32x8_ps(quarters, 1);
+#else
+  const V ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+  const V cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const __m256 halves = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+#endif
+  _mm_storeu_ps(to, _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
 #endif
 }
 

@@ -19,7 +19,8 @@ import fusekern._C as extension
 
 kernels = torch.ops.fusekern_cpp
 EPS = 1e-3
-# texts, tokens, channels, hidden, heads: odd on every vector's width, more rows than a block, heads of one channel
+# texts, tokens, channels, hidden, heads: odd on every vector's width, more rows than a block, heads of one channel, more
+# terms and, of these, more rows than a block
 SHAPES = [
     (1, 1, 4, 4, 1),
     (2, 5, 16, 32, 2),
@@ -27,6 +28,7 @@ SHAPES = [
     (2, 37, 40, 80, 40),
     (1, 150, 64, 128, 4),
     (4, 160, 24, 50, 1),
+    (1, 130, 22, 2101, 2),
 ]
 
 
@@ -153,6 +155,15 @@ def test_bits_do_not_depend_on_threads():
         torch.set_num_threads(threads)
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
+
+
+def test_bits_do_not_depend_on_other_texts():
+    torch.manual_seed(0)
+    tokens, parts, grad = make(9, 150, 48, 300)
+    together = run(tokens, parts, grad, 3)[0]
+    for i in range(9):
+        alone = run(tokens[i : i + 1], parts, grad[i : i + 1], 3)[0]
+        assert torch.equal(together[i : i + 1], alone)
 
 
 def test_refuses_what_does_not_fit():
