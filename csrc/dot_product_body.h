@@ -1,7 +1,7 @@
-// Products of fp32 matrices whose terms lie side by side in both, as in a linear layer. A vector holds terms of one sum,
-// so that nothing is copied together and no lane is left over, however few the rows: matrix_product fills its lanes with
-// columns, and copies. With AVX2, which has half the registers, it is a tenth faster from some hundred rows on; but then
-// the bits would depend on how many there are.
+// Products of matrices whose terms lie side by side in both, as in a linear layer. A vector holds terms of one sum, so that
+// nothing is copied together and no lane is left over, however few the rows: matrix_product fills its lanes with columns,
+// and copies. With AVX2, which has half the registers, that is a tenth faster from some hundred rows on; but then the bits
+// would depend on how many there are.
 #pragma once
 
 #include "ahead.h"
@@ -17,37 +17,59 @@ constexpr int TALL = W == 16 ? 6 : W == 8 ? 4 : 2, WIDE = W == 8 ? 3 : 4;
 constexpr int64_t TERMS = 2048;       // at a time, and as many rows as leave these numbers in the cache
 constexpr int64_t NUMBERS = 1 << 17;
 
+// Terms in a vector: floats, or bf16 that become floats.
+template <class T>
+struct Single {
+  typedef T Number;
+  static constexpr int COUNT = W;
+  FUSEKERN_INLINE V some(const T* p) { return load(p); }
+  FUSEKERN_INLINE V some(const T* p, int64_t count) { return load(p, first(count)); }
+  FUSEKERN_INLINE V add(V a, V b, V sum) { return fma(a, b, sum); }
+};
+
+#if FUSEKERN_WIDTH == 16
+// Two bf16 in each lane.
+struct Pairs {
+  typedef bf16 Number;
+  static constexpr int COUNT = 2 * W;
+  FUSEKERN_INLINE V some(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+  FUSEKERN_INLINE V some(const bf16* p, int64_t count) { return load_pairs(p, count); }
+  FUSEKERN_INLINE V add(V a, V b, V sum) { return dot(a, b, sum); }
+};
+#endif
+
 // c = some terms, or if there were others += them; each step fetches a few lines of what comes next.
-template <int M>
-static void tile(const float* a, int64_t row, const float* b, int64_t column, int64_t columns, int64_t terms,
-                 float* c, int64_t ldc, bool further, product::Ahead& ahead, int lines) {
+template <class Terms, int M>
+static void tile(const typename Terms::Number* a, int64_t row, const typename Terms::Number* b, int64_t column,
+                 int64_t columns, int64_t terms, float* c, int64_t ldc, bool further, product::Ahead& ahead, int lines) {
+  constexpr int LINE = 64 / sizeof(typename Terms::Number);
   V sums[M][WIDE];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < WIDE; ++n) sums[m][n] = zero();
-  const float* of[WIDE];  // a column beyond the last one is the last one
+  const typename Terms::Number* of[WIDE];  // a column beyond the last one is the last one
 #pragma GCC unroll 4
   for (int n = 0; n < WIDE; ++n) of[n] = b + (n < columns ? n : columns - 1) * column;
   int64_t i = 0;
-  const auto add = [&](auto... lanes) __attribute__((always_inline)) {
+  const auto add = [&](auto... count) __attribute__((always_inline)) {
     V values[WIDE];
 #pragma GCC unroll 4
-    for (int n = 0; n < WIDE; ++n) values[n] = load(of[n] + i, lanes...);
+    for (int n = 0; n < WIDE; ++n) values[n] = Terms::some(of[n] + i, count...);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const V x = in_register(load(a + m * row + i, lanes...));
+      const V x = in_register(Terms::some(a + m * row + i, count...));
 #pragma GCC unroll 4
-      for (int n = 0; n < WIDE; ++n) sums[m][n] = fma(x, values[n], sums[m][n]);
+      for (int n = 0; n < WIDE; ++n) sums[m][n] = Terms::add(x, values[n], sums[m][n]);
     }
-    i += W;
+    i += Terms::COUNT;
   };
-  while (i + product::LINE <= terms) {
+  while (i + LINE <= terms) {
     for (int line = 0; line < lines; ++line) product::Ahead::fetch<true>(ahead);
-#pragma GCC unroll 4
-    for (int part = 0; part < product::LINE / W; ++part) add();
+#pragma GCC unroll 8
+    for (int part = 0; part < LINE / Terms::COUNT; ++part) add();
   }
-  while (i < terms) add(first(terms - i));
+  while (i < terms) add(terms - i);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     float of_row[4];
@@ -59,46 +81,54 @@ static void tile(const float* a, int64_t row, const float* b, int64_t column, in
   }
 }
 
-template <int M, class... Rest>
+template <class Terms, int M, class... Rest>
 FUSEKERN_INLINE void tile_of(int64_t rows, Rest&&... rest) {
   if constexpr (M > 1)
-    if (rows < M) return tile_of<M - 1>(rows, rest...);
-  tile<M>(rest...);
+    if (rows < M) return tile_of<Terms, M - 1>(rows, rest...);
+  tile<Terms, M>(rest...);
 }
 
 // Some rows and terms.
-static void block(const MatrixProduct& p) {
-  const int64_t parts = (p.rows + TALL - 1) / TALL, length = (p.terms + product::LINE - 1) / product::LINE;
+template <class Terms>
+static void block(const DotProduct& p, int64_t r0, int64_t rows, int64_t begin, int64_t terms) {
+  typedef typename Terms::Number T;
+  const T *const a = static_cast<const T*>(p.a) + r0 * p.a_row + begin, *const b = static_cast<const T*>(p.b) + begin;
+  const int64_t parts = (rows + TALL - 1) / TALL, length = (terms * sizeof(T) + 63) / 64;
   const int lines = static_cast<int>((WIDE + parts - 1) / parts);
+  const int64_t skip = p.b_column * static_cast<int64_t>(sizeof(T)) / 4 - length * product::LINE;
   for (int64_t j = 0; j < p.columns; j += WIDE) {
     const int64_t after = p.columns - j - WIDE;
-    product::Ahead ahead{p.b + (j + WIDE) * p.b_column, (after < 0 ? 0 : after < WIDE ? after : WIDE) * length, length,
-                         p.b_column - length * product::LINE, 0};
+    product::Ahead ahead{reinterpret_cast<const float*>(b + (j + WIDE) * p.b_column),
+                         (after < 0 ? 0 : after < WIDE ? after : WIDE) * length, length, skip, 0};
     for (int64_t part = 0, r = 0; part < parts; ++part) {
-      const int64_t some = (p.rows - r + parts - part - 1) / (parts - part);
-      tile_of<TALL>(some, p.a + r * p.a_row, p.a_row, p.b + j * p.b_column, p.b_column, p.columns - j, p.terms,
-                    p.c + r * p.c_row + j, p.c_row, p.add, ahead, lines);
+      const int64_t some = (rows - r + parts - part - 1) / (parts - part);
+      tile_of<Terms, TALL>(some, a + r * p.a_row, p.a_row, b + j * p.b_column, p.b_column, p.columns - j, terms,
+                           p.c + (r0 + r) * p.c_row + j, p.c_row, begin > 0, ahead, lines);
       r += some;
     }
   }
 }
 
+// The blocks of terms are the same for any number of rows and columns, and so are the bits.
+template <class Terms>
+static void blocks(const DotProduct& p) {
+  const int64_t count = (p.terms + TERMS - 1) / TERMS, rows = NUMBERS * count / p.terms;
+  for (int64_t r = 0; r < p.rows; r += rows)
+    for (int64_t i = 0, begin = 0; i < count; ++i) {
+      const int64_t terms = (p.terms - begin + count - i - 1) / (count - i);
+      block<Terms>(p, r, p.rows - r < rows ? p.rows - r : rows, begin, terms);
+      begin += terms;
+    }
+}
+
 }  // namespace dots
 
-// The blocks of terms are the same for any number of rows and columns, and so are the bits.
-void dot_product(const MatrixProduct& p) {
+void dot_product(const DotProduct& p) {
   using namespace dots;
-  const int64_t blocks = (p.terms + TERMS - 1) / TERMS, rows = NUMBERS * blocks / p.terms;
-  for (int64_t r = 0; r < p.rows; r += rows)
-    for (int64_t i = 0, begin = 0; i < blocks; ++i) {
-      MatrixProduct some = p;
-      some.rows = p.rows - r < rows ? p.rows - r : rows;
-      some.terms = (p.terms - begin + blocks - i - 1) / (blocks - i);
-      some.a += r * p.a_row + begin, some.b += begin, some.c += r * p.c_row;
-      some.add = p.add || i > 0;
-      block(some);
-      begin += some.terms;
-    }
+#if FUSEKERN_WIDTH == 16
+  if (p.bf16 && p.pairs) return blocks<Pairs>(p);
+#endif
+  p.bf16 ? blocks<Single<bf16>>(p) : blocks<Single<float>>(p);
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

@@ -128,7 +128,7 @@ void copy_tokens(const Downsample& op, const Map& map, const Tensor& rows) {
 // Does a product of ours do better than torch's? Where there is little to multiply it is no slower, but torch's sums run
 // in several chains there and are closer to the truth.
 bool own_product(const Downsample& op) {
-  return !op.bf16 && cpu_isa() != Isa::baseline && op.patches() * 9 * op.C * op.C >= 1 << 20;
+  return (op.bf16 ? cpu_has_bf16() : cpu_isa() != Isa::baseline) && op.patches() * 9 * op.C * op.C >= 1 << 20;
 }
 
 // ---- the op ------------------------------------------------------------------------------------------------------
@@ -153,11 +153,14 @@ void forward(const Downsample& op, const Tensor& weight, const std::optional<Ten
       map.channel == 1 && map.column == op.C && map.row == op.w * op.C && map.batch == op.h * op.w * op.C;
   const Tensor rows = in_place ? view(out, {op.patches(), op.C}, {op.C, 1}) : empty(out, op.patches(), op.C);
   if (own_product(op)) {
-    const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
     const Tensor matrix = rows_of(weight);
-    const Tensor vector = bias ? torch::stable::contiguous(*bias) : matrix;
-    linear(op.patches(), op.C, 9 * op.C, {floats(patches), 9 * op.C, 1}, floats(matrix),
-           bias ? floats(vector) : nullptr, nullptr, floats(rows), nullptr);
+    const std::optional<Tensor> vector = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+    const std::optional<Floats> floats = vector ? std::optional<Floats>(*vector) : std::nullopt;
+    Linear l{};
+    l.rows = op.patches(), l.columns = op.C, l.terms = 9 * op.C, l.bf16 = op.bf16;
+    l.x = patches.data_ptr(), l.x_row = 9 * op.C, l.weight = matrix.data_ptr();
+    l.bias = bias ? floats->data : nullptr, l.out = rows.data_ptr();
+    linear(l);
   } else {
     call_out("aten::linear", patches, rows_of(weight), bias, rows);
   }

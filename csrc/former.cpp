@@ -1,4 +1,5 @@
-// former over the B K rows of the tokens, and text_path around it, in fp32.
+// former over the B K rows of the tokens, and text_path around it: in fp32, and the forward in bf16 too, whose sums,
+// norms and attention are in fp32.
 #include "former.h"
 
 #include <algorithm>
@@ -33,11 +34,14 @@ void multiply_in_parallel(int64_t rows, int64_t columns, int64_t terms, const Ma
 }
 
 void norm(int64_t R, int64_t C, const Tensor& x, const Tensor& gain, const Tensor& shift, double eps, float* mean,
-          float* rstd, bool known, float* out) {
+          float* rstd, bool known, void* out) {
+  const bool bf16 = is_bf16(x);
+  const int64_t size = bf16 ? 2 : 4;
+  const Floats weight(gain), bias(shift);
   in_parallel(R, 16 * C, [&](int64_t begin, int64_t end) {
     FUSEKERN_PICK(former_norm)
-    ({end - begin, C, data_of(x) + begin * C, data_of(gain), data_of(shift), static_cast<float>(eps), mean + begin,
-      rstd + begin, known, out + begin * C});
+    ({end - begin, C, static_cast<char*>(x.data_ptr()) + begin * C * size, weight.data, bias.data,
+      static_cast<float>(eps), mean + begin, rstd + begin, known, static_cast<char*>(out) + begin * C * size, bf16});
   });
 }
 
@@ -69,6 +73,9 @@ void sum(const float* x, int64_t R, int64_t columns, const Tensor& sums) {
 
 struct Sizes {
   int64_t B, K, C, F, heads, d, R;
+  bool bf16;
+
+  ScalarType dtype() const { return bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
 
   float scale() const { return 1.f / std::sqrt(static_cast<float>(d)); }
 };
@@ -77,23 +84,30 @@ Sizes sizes_of(const Tensor& tokens, const Tensor& hidden, int64_t heads) {
   STD_TORCH_CHECK(tokens.dim() == 3 && hidden.dim() == 3, "tokens and hidden must be [B, K, .]");
   const int64_t B = tokens.size(0), K = tokens.size(1), C = tokens.size(2);
   STD_TORCH_CHECK(heads > 0 && C % heads == 0, "heads must divide C");
-  return {B, K, C, hidden.size(2), heads, C / heads, B * K};
+  return {B, K, C, hidden.size(2), heads, C / heads, B * K, is_bf16(tokens)};
 }
 
-void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  check(name, t, shape, ScalarType::Float);
+void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                 ScalarType dtype = ScalarType::Float) {
+  check(name, t, shape, dtype);
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+
+// Of the dtype of the tokens or in fp32.
+void check_vector(const Sizes& s, const char* name, const Tensor& t, int64_t length) {
+  check_dense(name, t, {length}, t.scalar_type() == s.dtype() ? s.dtype() : ScalarType::Float);
 }
 
 // The tokens as one matrix, copied if they are none.
 struct Rows {
-  explicit Rows(const Tensor& tokens) : tokens(tokens) {
+  Rows(const Tensor& tokens) : tokens(tokens) {
     const int64_t B = tokens.size(0), K = tokens.size(1), C = tokens.size(2);
     row = K > 1 ? tokens.stride(1) : B > 1 ? tokens.stride(0) : C;
     const bool one = (C == 1 || tokens.stride(2) == 1) && (B == 1 || K == 1 || tokens.stride(0) == K * row);
     if (!one) this->tokens = torch::stable::contiguous(tokens), row = C;
   }
-  Matrix matrix() const { return {data_of(tokens), row, 1}; }
+  void* data() const { return tokens.data_ptr(); }
+  Matrix matrix() const { return {data_of(tokens), row, 1}; }  // of fp32
 
   Tensor tokens;
   int64_t row;
@@ -130,46 +144,83 @@ struct Saved {
 };
 
 void check_weights(const Sizes& s, const Weights& w) {
-  check_dense("qkv_weight", w.qkv_weight, {3 * s.C, s.C}), check_dense("out_weight", w.out_weight, {s.C, s.C});
-  check_dense("up_weight", w.up_weight, {s.F, s.C}), check_dense("down_weight", w.down_weight, {s.C, s.F});
+  check_dense("qkv_weight", w.qkv_weight, {3 * s.C, s.C}, s.dtype());
+  check_dense("out_weight", w.out_weight, {s.C, s.C}, s.dtype());
+  check_dense("up_weight", w.up_weight, {s.F, s.C}, s.dtype());
+  check_dense("down_weight", w.down_weight, {s.C, s.F}, s.dtype());
   for (const auto& [name, vector] : {std::pair{"gain1", &w.gain1}, {"shift1", &w.shift1}, {"gain2", &w.gain2}})
-    check_dense(name, *vector, {s.C});
+    check_vector(s, name, *vector, s.C);
 }
 
 void check_saved(const Sizes& s, const Saved& saved) {
   const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
   for (const auto& [name, of] : {std::pair{"mixed", &mixed}, {"sums1", &sums1}, {"sums2", &sums2}})
-    check_dense(name, *of, {s.B, s.K, s.C});
-  check_dense("qkv", qkv, {s.B, s.K, 3 * s.C}), check_dense("hidden", hidden, {s.B, s.K, s.F});
+    check_dense(name, *of, {s.B, s.K, s.C}, s.dtype());
+  check_dense("qkv", qkv, {s.B, s.K, 3 * s.C}, s.dtype()), check_dense("hidden", hidden, {s.B, s.K, s.F}, s.dtype());
   check_dense("lse", lse, {s.B, s.heads, s.K});
 }
 
+// out [R][.] = x weight^T + bias
+void linear(const Sizes& s, const Rows& x, const Tensor& weight, const Tensor& bias, void* out,
+            const Rows* residual = nullptr, void* activated = nullptr) {
+  const Floats vector(bias);
+  Linear l{};
+  l.rows = s.R, l.columns = weight.size(0), l.terms = weight.size(1), l.bf16 = s.bf16;
+  l.x = x.data(), l.x_row = x.row;
+  l.weight = weight.data_ptr(), l.bias = vector.data;
+  l.out = out, l.activated = activated;
+  if (residual != nullptr) l.residual = residual->data(), l.residual_row = residual->row;
+  linear(l);
+}
+
+// What a head's tokens gather from one another: mixed [K][d] of q, k and v [K][d].
+void attend(const Sizes& s, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& scores, float* lse,
+            const Matrix& mixed) {
+  multiply(s.K, s.K, s.d, q, turned(k), scores, false);
+  FUSEKERN_PICK(former_softmax)(scores.data, s.K, s.K, s.scale(), lse);
+  multiply(s.K, s.d, s.K, scores, v, mixed, false);
+}
+
+void attend(const Sizes& s, const Tensor& qkv, const Tensor& mixed, const Tensor& lse) {
+  for_each_head(s, [&, lse = data_of(lse)](int64_t item, int64_t r, int64_t c, const Matrix& scores, const Matrix&) {
+    const int64_t K = s.K, C = s.C, d = s.d;
+    if (!s.bf16) {
+      const Matrix q = at(matrix_of(qkv, 3 * C), r, c);
+      return attend(s, q, at(q, 0, C), at(q, 0, 2 * C), scores, lse + item * K, at(matrix_of(mixed, C), r, c));
+    }
+    const Scratch memory(4 * K * d);
+    const auto part = [&](int64_t i) { return Matrix{memory.data + i * K * d, d, 1}; };
+    for (int64_t i = 0; i < 3; ++i)
+      FUSEKERN_PICK(widen_matrix)
+      (static_cast<uint16_t*>(qkv.data_ptr()) + r * 3 * C + i * C + c, K, d, 3 * C, part(i).data, d);
+    attend(s, part(0), part(1), part(2), scores, lse + item * K, part(3));
+    LinearFinish rounded{};
+    rounded.rows = K, rounded.columns = d, rounded.product = part(3).data, rounded.product_ld = d;
+    rounded.out = static_cast<uint16_t*>(mixed.data_ptr()) + r * C + c, rounded.ld = C, rounded.bf16 = true;
+    FUSEKERN_PICK(linear_finish)(rounded);
+  });
+}
+
 // moments [4][R]: mean and 1 / standard deviation of either norm
-void forward(const Sizes& s, const Matrix& image, const Parameters& p, double eps, const Tensor& out,
-             const Saved& saved, float* moments) {
+void forward(const Sizes& s, const Rows& image, const Parameters& p, double eps, const Tensor& out, const Saved& saved,
+             float* moments) {
   const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
-  const int64_t K = s.K, C = s.C, F = s.F, R = s.R;
+  const int64_t C = s.C, F = s.F, R = s.R;
   check_weights(s, {p.qkv_weight, p.out_weight, p.gain1, p.shift1, p.up_weight, p.down_weight, p.gain2});
   for (const auto& [name, vector] : {std::pair{"out_bias", &p.out_bias}, {"down_bias", &p.down_bias}, {"shift2", &p.shift2}})
-    check_dense(name, *vector, {C});
-  check_dense("qkv_bias", p.qkv_bias, {3 * C}), check_dense("up_bias", p.up_bias, {F});
-  check_saved(s, saved), check_dense("out", out, {s.B, K, C});
+    check_vector(s, name, *vector, C);
+  check_vector(s, "qkv_bias", p.qkv_bias, 3 * C), check_vector(s, "up_bias", p.up_bias, F);
+  check_saved(s, saved), check_dense("out", out, {s.B, s.K, C}, s.dtype());
 
-  linear(R, 3 * C, C, image, data_of(p.qkv_weight), data_of(p.qkv_bias), nullptr, data_of(qkv), nullptr);
-  for_each_head(s, [&, qkv = data_of(qkv), mixed = data_of(mixed), lse = data_of(lse)](
-                       int64_t item, int64_t r, int64_t c, const Matrix& scores, const Matrix&) {
-    const Matrix q = at({qkv, 3 * C, 1}, r, c), k = at(q, 0, C), v = at(q, 0, 2 * C);
-    multiply(K, K, s.d, q, turned(k), scores, false);
-    FUSEKERN_PICK(former_softmax)(scores.data, K, K, s.scale(), lse + item * K);
-    multiply(K, s.d, K, scores, v, at({mixed, C, 1}, r, c), false);
-  });
-  linear(R, C, C, matrix_of(mixed, C), data_of(p.out_weight), data_of(p.out_bias), &image, data_of(sums1), nullptr);
-  const Scratch normal(R * C), activated(R * F);
-  const Matrix u{normal.data, C, 1}, act{activated.data, F, 1};
-  norm(R, C, sums1, p.gain1, p.shift1, eps, moments, moments + R, false, u.data);
-  linear(R, F, C, u, data_of(p.up_weight), data_of(p.up_bias), nullptr, data_of(hidden), act.data);
-  linear(R, C, F, act, data_of(p.down_weight), data_of(p.down_bias), &u, data_of(sums2), nullptr);
-  norm(R, C, sums2, p.gain2, p.shift2, eps, moments + 2 * R, moments + 3 * R, false, data_of(out));
+  linear(s, image, p.qkv_weight, p.qkv_bias, qkv.data_ptr());
+  attend(s, qkv, mixed, lse);
+  linear(s, mixed, p.out_weight, p.out_bias, sums1.data_ptr(), &image);
+  const Tensor u = torch::stable::empty_like(sums1), activated = torch::stable::empty_like(hidden);
+  const Rows normal(u);
+  norm(R, C, sums1, p.gain1, p.shift1, eps, moments, moments + R, false, u.data_ptr());
+  linear(s, normal, p.up_weight, p.up_bias, hidden.data_ptr(), nullptr, activated.data_ptr());
+  linear(s, activated, p.down_weight, p.down_bias, sums2.data_ptr(), &normal);
+  norm(R, C, sums2, p.gain2, p.shift2, eps, moments + 2 * R, moments + 3 * R, false, out.data_ptr());
 }
 
 struct Gradients {
@@ -242,8 +293,8 @@ void former_fwd(const Tensor& tokens,  // [B, K, C]
                 Tensor qkv, Tensor mixed, Tensor lse, Tensor sums1, Tensor hidden, Tensor sums2,
                 Tensor moments) {  // [4, B K]
   const Sizes s = sizes_of(tokens, hidden, heads);
-  check("tokens", tokens, {s.B, s.K, s.C}, ScalarType::Float), check_dense("moments", moments, {4, s.R});
-  forward(s, Rows(tokens).matrix(),
+  check("tokens", tokens, {s.B, s.K, s.C}, s.dtype()), check_dense("moments", moments, {4, s.R});
+  forward(s, tokens,
           {qkv_weight, qkv_bias, out_weight, out_bias, gain1, shift1, up_weight, up_bias, down_weight, down_bias, gain2,
            shift2},
           eps, out, {qkv, mixed, lse, sums1, hidden, sums2}, data_of(moments));
@@ -277,8 +328,8 @@ struct Exit {
 
 std::vector<Exit> exits_of(const Sizes& s, std::initializer_list<Exit> some) {
   for (const Exit& exit : some) {
-    check_dense(exit.name, exit.weight, {s.C, s.C}), check_dense(exit.name, exit.bias, {s.C});
-    check_dense(exit.name, exit.image, {s.B, s.K, s.C});
+    check_dense(exit.name, exit.weight, {s.C, s.C}, s.dtype()), check_vector(s, exit.name, exit.bias, s.C);
+    check_dense(exit.name, exit.image, {s.B, s.K, s.C}, s.dtype());
   }
   return some;
 }
@@ -298,26 +349,24 @@ void text_path_fwd(const Tensor& tokens, const Tensor& gathered,  // [B, K, C]
   const Sizes s = sizes_of(tokens, hidden, heads);
   const int64_t C = s.C, R = s.R;
   for (const auto& [name, of] : {std::pair{"tokens", &tokens}, {"gathered", &gathered}})
-    check(name, *of, {s.B, s.K, C}, ScalarType::Float);
-  check_dense("entry_weight", entry_weight, {C, C}), check_dense("sums0", sums0, {s.B, s.K, C});
+    check(name, *of, {s.B, s.K, C}, s.dtype());
+  check_dense("entry_weight", entry_weight, {C, C}, s.dtype()), check_dense("sums0", sums0, {s.B, s.K, C}, s.dtype());
   for (const auto& [name, vector] : {std::pair{"entry_bias", &entry_bias}, {"gain0", &gain0}, {"shift0", &shift0}})
-    check_dense(name, *vector, {C});
+    check_vector(s, name, *vector, C);
   check_dense("moments", moments, {6, R});
   auto exits = exits_of(s, {{"key", key_weight, key_bias, key}, {"value", value_weight, value_bias, value}});
   if (query_weight) exits.push_back(exits_of(s, {{"query", *query_weight, *query_bias, query}})[0]);
 
-  const Rows rows(tokens), from(gathered);
-  const Matrix image = rows.matrix();
-  const Scratch first(R * C);
+  const Rows rows(tokens);
+  const Tensor first = torch::stable::empty_like(sums0);
   float* const m = data_of(moments);
-  linear(R, C, C, from.matrix(), data_of(entry_weight), data_of(entry_bias), &image, data_of(sums0), nullptr);
-  norm(R, C, sums0, gain0, shift0, eps, m, m + R, false, first.data);
-  forward(s, {first.data, C, 1},
+  linear(s, gathered, entry_weight, entry_bias, sums0.data_ptr(), &rows);
+  norm(R, C, sums0, gain0, shift0, eps, m, m + R, false, first.data_ptr());
+  forward(s, first,
           {qkv_weight, qkv_bias, out_weight, out_bias, gain1, shift1, up_weight, up_bias, down_weight, down_bias, gain2,
            shift2},
           eps, out, {qkv, mixed, lse, sums1, hidden, sums2}, m + 2 * R);
-  for (const Exit& exit : exits)
-    linear(R, C, C, matrix_of(out, C), data_of(exit.weight), data_of(exit.bias), nullptr, data_of(exit.image), nullptr);
+  for (const Exit& exit : exits) linear(s, out, exit.weight, exit.bias, exit.image.data_ptr());
 }
 
 void text_path_bwd(const Tensor& grad, const Tensor& dkey, const Tensor& dvalue, const std::optional<Tensor>& dquery,

@@ -1,4 +1,4 @@
-// former: what former.cpp hands to its bodies. All is fp32, rows of matrices lie one after the other.
+// former: what former.cpp hands to its bodies. Rows of matrices lie one after the other; what has no type is fp32 or bf16.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,13 @@ namespace fusekern {
 // Layer norm of some rows.
 struct FormerNorm {
   int64_t rows, C;
-  const float *x, *gain, *shift;
+  const void* x;
+  const float *gain, *shift;
   float eps;
   float *mean, *rstd;  // [rows]
   bool known;          // the last two, else they are results
-  float* out;          // [rows][C]
+  void* out;           // [rows][C]
+  bool bf16;
 };
 
 struct FormerNormBackward {

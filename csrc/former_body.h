@@ -6,10 +6,12 @@
 
 namespace fusekern::FUSEKERN_ISA {
 
-void former_norm(const FormerNorm& n) {
-  using namespace text;
+namespace text {
+
+template <class T>
+static void norm(const FormerNorm& n) {
   for (int64_t r = 0; r < n.rows; ++r) {
-    const float* const x = n.x + r * n.C;
+    const T* const x = static_cast<const T*>(n.x) + r * n.C;
     if (!n.known) {
       V total = zero(), apart = zero();
       each(n.C, [&](int64_t c, Lanes lanes) { total = total + load(x + c, lanes); });
@@ -23,10 +25,15 @@ void former_norm(const FormerNorm& n) {
     const V mean = set1(n.mean[r]), rstd = set1(n.rstd[r]);
     each(n.C, [&](int64_t c, Lanes lanes) {
       const V normal = (load(x + c, lanes) - mean) * rstd;
-      store(n.out + r * n.C + c, fma(normal, load(n.gain + c, lanes), load(n.shift + c, lanes)), lanes);
+      const V out = fma(normal, load(n.gain + c, lanes), load(n.shift + c, lanes));
+      store(static_cast<T*>(n.out) + r * n.C + c, out, lanes);
     });
   }
 }
+
+}  // namespace text
+
+void former_norm(const FormerNorm& n) { n.bf16 ? text::norm<bf16>(n) : text::norm<float>(n); }
 
 void former_norm_bwd(const FormerNormBackward& n) {
   using namespace text;

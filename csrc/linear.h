@@ -1,4 +1,4 @@
-// Linear layers and other products in fp32.
+// Linear layers, and products of fp32 matrices.
 #pragma once
 
 #include "arguments.h"
@@ -31,25 +31,56 @@ inline void multiply(int64_t rows, int64_t columns, int64_t terms, const Matrix&
   FUSEKERN_PICK(matrix_product)(p, packed.data);
 }
 
-// out [R][n] = x [R][d] weight^T + bias (+ residual); activated = gelu(out). The columns of x and weight lie side by side.
-inline void linear(int64_t R, int64_t n, int64_t d, const Matrix& x, const float* weight, const float* bias,
-                   const Matrix* residual, float* out, float* activated) {
-  const int64_t blocks = (n + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, chunks = (R + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
-  in_parallel(blocks * chunks, 2 * R * n * d / (blocks * chunks), [&](int64_t begin, int64_t end) {
+// A contiguous vector in fp32.
+struct Floats {
+  explicit Floats(const Tensor& vector)
+      : memory(is_bf16(vector) ? vector.numel() : 0),
+        data(is_bf16(vector) ? memory.data : static_cast<float*>(vector.data_ptr())) {
+    if (is_bf16(vector))
+      FUSEKERN_PICK(widen_matrix)
+      (static_cast<uint16_t*>(vector.data_ptr()), 1, vector.numel(), 0, memory.data, 0);
+  }
+
+  const Scratch memory;
+  const float* const data;
+};
+
+// out [rows][columns] = x [rows][terms] weight^T + bias (+ residual); activated = gelu(out). The numbers of a row lie side
+// by side; all but the bias are fp32 or bf16.
+struct Linear {
+  int64_t rows, columns, terms;
+  bool bf16;
+  const void* x;
+  int64_t x_row;
+  const void* weight;    // [columns][terms]
+  const float* bias;     // or null
+  void* out;             // [rows][columns]
+  const void* residual;  // or null
+  int64_t residual_row;
+  void* activated;  // as out, or null
+};
+
+inline void linear(const Linear& l) {
+  const int64_t across = (l.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS;
+  const int64_t down = (l.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS, size = l.bf16 ? 2 : 4;
+  const auto moved = [size](const void* p, int64_t numbers) {
+    return p == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(p)) + numbers * size;
+  };
+  in_parallel(across * down, 2 * l.rows * l.columns * l.terms / (across * down), [&](int64_t begin, int64_t end) {
+    const Scratch sums(l.bf16 ? PRODUCT_COLUMNS * std::min(PRODUCT_ROWS, l.rows) : 0);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item % blocks * PRODUCT_COLUMNS, r = item / blocks * PRODUCT_ROWS;
-      MatrixProduct p{};
-      p.rows = std::min(PRODUCT_ROWS, R - r), p.columns = std::min(PRODUCT_COLUMNS, n - i), p.terms = d;
-      p.a = x.data + r * x.row, p.a_row = x.row, p.a_term = 1;
-      p.b = weight + i * d, p.b_term = 1, p.b_column = d;
-      p.c = out + r * n + i, p.c_row = n;
-      FUSEKERN_PICK(dot_product)(p);
+      const int64_t i = item % across * PRODUCT_COLUMNS, r = item / across * PRODUCT_ROWS;
       LinearFinish finish{};
-      finish.rows = p.rows, finish.columns = p.columns, finish.ld = n;
-      finish.bias = bias == nullptr ? nullptr : bias + i;
-      if (residual != nullptr) finish.residual = at(*residual, r, i).data, finish.residual_ld = residual->row;
-      finish.out = p.c;
-      finish.activated = activated == nullptr ? nullptr : activated + r * n + i;
+      finish.rows = std::min(PRODUCT_ROWS, l.rows - r), finish.columns = std::min(PRODUCT_COLUMNS, l.columns - i);
+      finish.out = moved(l.out, r * l.columns + i), finish.ld = l.columns, finish.bf16 = l.bf16;
+      float* const product = l.bf16 ? sums.data : static_cast<float*>(finish.out);
+      finish.product = product, finish.product_ld = l.bf16 ? PRODUCT_COLUMNS : l.columns;
+      finish.bias = l.bias == nullptr ? nullptr : l.bias + i;
+      finish.residual = moved(l.residual, r * l.residual_row + i), finish.residual_ld = l.residual_row;
+      finish.activated = moved(l.activated, r * l.columns + i);
+      FUSEKERN_PICK(dot_product)
+      ({finish.rows, finish.columns, l.terms, moved(l.x, r * l.x_row), moved(l.weight, i * l.terms), product, l.x_row,
+        l.terms, finish.product_ld, l.bf16, cpu_has_bf16()});
       FUSEKERN_PICK(linear_finish)(finish);
     }
   });

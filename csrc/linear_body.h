@@ -55,17 +55,31 @@ FUSEKERN_INLINE void each(int64_t count, const F& f) {
 
 }  // namespace text
 
-void linear_finish(const LinearFinish& f) {
+void widen_matrix(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t from, float* out, int64_t to) {
   using namespace text;
-  for (int64_t r = 0; r < f.rows; ++r)
-    each(f.columns, [&](int64_t c, Lanes lanes) {
-      float* const to = f.out + r * f.ld + c;
-      V x = load(to, lanes);
-      if (f.bias != nullptr) x = x + load(f.bias + c, lanes);
-      if (f.residual != nullptr) x = x + load(f.residual + r * f.residual_ld + c, lanes);
-      store(to, x, lanes);
-      if (f.activated != nullptr) store(f.activated + r * f.ld + c, gelu(x), lanes);
+  for (int64_t r = 0; r < rows; ++r)
+    each(columns, [&](int64_t c, Lanes lanes) {
+      store(out + r * to + c, load(reinterpret_cast<const bf16*>(matrix) + r * from + c, lanes), lanes);
     });
 }
+
+namespace text {
+
+template <class T>
+static void finish(const LinearFinish& f) {
+  for (int64_t r = 0; r < f.rows; ++r)
+    each(f.columns, [&](int64_t c, Lanes lanes) {
+      V x = load(f.product + r * f.product_ld + c, lanes);
+      if (f.bias != nullptr) x = x + load(f.bias + c, lanes);
+      if (f.residual != nullptr) x = x + load(static_cast<const T*>(f.residual) + r * f.residual_ld + c, lanes);
+      T* const to = static_cast<T*>(f.out) + r * f.ld + c;
+      store(to, x, lanes);
+      if (f.activated != nullptr) store(static_cast<T*>(f.activated) + r * f.ld + c, gelu(load(to, lanes)), lanes);
+    });
+}
+
+}  // namespace text
+
+void linear_finish(const LinearFinish& f) { f.bf16 ? text::finish<bf16>(f) : text::finish<float>(f); }
 
 }  // namespace fusekern::FUSEKERN_ISA

@@ -28,21 +28,34 @@ struct MatrixProduct {
   Beside beside;
 };
 
-// What is added to some rows and columns of a product, in place.
+// c [rows][columns] in fp32 = a [rows][terms] b [columns][terms]^T, both in fp32 or bf16. The terms lie side by side in
+// both, and the columns of c.
+struct DotProduct {
+  int64_t rows, columns, terms;
+  const void *a, *b;
+  float* c;
+  int64_t a_row, b_column, c_row;  // strides
+  bool bf16, pairs;                // pairs: bf16 on a CPU that multiplies two at a time
+};
+
+// What becomes of some rows and columns of a product, which may be `out` itself. What has no type is fp32 or bf16.
 struct LinearFinish {
-  int64_t rows, columns, ld;
-  const float* bias;      // [columns], or null
-  const float* residual;  // [rows][columns] at its own ld, or null
+  int64_t rows, columns;
+  const float* product;  // [rows][columns] at ld
+  int64_t product_ld;
+  const float* bias;     // [columns], or null
+  const void* residual;  // [rows][columns] at its own ld, or null
   int64_t residual_ld;
-  float* out;        // [rows][columns] at ld
-  float* activated;  // the same, or null
+  void* out;        // [rows][columns] at ld
+  void* activated;  // the same, or null
+  int64_t ld;
+  bool bf16;
 };
 
 FUSEKERN_BODY(
     int64_t matrix_product_floats();  // of working memory
     void matrix_product(const MatrixProduct& product, float* packed);
-    // Where the terms of both lie side by side; addend and beside are not looked at.
-    void dot_product(const MatrixProduct& product);
+    void dot_product(const DotProduct& product);
     // Of an a whose terms lie side by side: how many of its numbers are not zero, and the product, to the same bits, by
     // passing over those that are.
     int64_t matrix_product_not_zero(const MatrixProduct& product);
@@ -53,7 +66,9 @@ FUSEKERN_BODY(
     void masked_product(const MatrixProduct& product, float* memory);
     // to [columns][rows], whose rows are ld apart, from a matrix [rows][columns]
     void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, int64_t ld);
-    // out += bias (+ residual); activated = gelu(out)
+    // Of bf16 in matrices whose rows are `from` and `to` numbers apart.
+    void widen_matrix(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t from, float* out, int64_t to);
+    // out = product + bias (+ residual); activated = gelu(out)
     void linear_finish(const LinearFinish& finish);)
 
 }  // namespace fusekern

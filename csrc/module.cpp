@@ -40,4 +40,5 @@ PYBIND11_MODULE(_C, module) {
              "What the module was built with: torch, the oldest torch that it loads under, python, compiler, isas.");
   module.def("cpu_capability", [] { return fusekern::name(fusekern::cpu_isa()); },
              "The instruction set that the kernels use here: one of isas.");
+  module.def("cpu_has_bf16", &fusekern::cpu_has_bf16, "Does the CPU multiply bf16?");
 }

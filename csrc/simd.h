@@ -289,6 +289,17 @@ FUSEKERN_INLINE V dot(const float* a, V b, V c) {
   return c;
 }
 
+FUSEKERN_INLINE V dot(V a, V b, V c) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(b), "v"(a));
+  return c;
+}
+
+// Of 2 W numbers the first `count`, in pairs.
+FUSEKERN_INLINE V load_pairs(const bf16* p, int64_t count) {
+  const uint32_t lanes = count < 2 * W ? (1u << count) - 1 : 0xffffffffu;
+  return (V)_mm512_maskz_loadu_epi16(lanes, p);
+}
+
 // As narrow, but for numbers below the least normal one, which become 0.
 FUSEKERN_INLINE Halves to_bf16(V x) {
   Halves halves;

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
+
+from fusekern.extensions import load
+
+CPU_HAS_BF16 = not load("_C") and import_module("fusekern._C").cpu_has_bf16()
 
 
 def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
@@ -11,14 +17,22 @@ def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
     return _dtypes(first, torch.float32, torch.bfloat16)
 
 
-def cpp_linear(first: Tensor, parts: list[Tensor]) -> list[str]:
-    """Of C++ kernels whose products are all their own, on parameters where they lie: PyTorch's in bf16 are faster."""
-    reasons = _dtypes(first, torch.float32)
-    if not reasons and any(part.dtype != torch.float32 for part in parts):
+def cpp_linear(tokens: list[Tensor], parts: list[Tensor]) -> list[str]:
+    """Of C++ kernels whose products are all their own, on parameters where they lie; in bf16 they have no backward."""
+    dtype = tokens[0].dtype
+    reasons = _dtypes(tokens[0], torch.float32, torch.bfloat16)
+    if not reasons and any(part.dtype not in (dtype, torch.float32) for part in parts):
         reasons.append("parameters that are not float32")
     if not all(part.is_contiguous() for part in parts):
         reasons.append("parameters that are not contiguous")
+    if dtype == torch.bfloat16 and torch.is_grad_enabled() and any(t.requires_grad for t in (*tokens, *parts)):
+        reasons.append("bfloat16 with gradients, which it has in float32 alone")
     return reasons
+
+
+def slow_bf16(first: Tensor, *rest: object) -> list[str]:
+    """Where products in bf16 are the kernel's own."""
+    return [] if CPU_HAS_BF16 or first.dtype != torch.bfloat16 else ["this CPU does not multiply bfloat16"]
 
 
 def triton_dtypes(first: Tensor, *rest: object) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_choice, check_shape
 from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
-from fusekern.ops._limits import cpp_dtypes, triton_dtypes
+from fusekern.ops._limits import CPU_HAS_BF16, cpp_dtypes, triton_dtypes
 
 PADS = ("floor", "ceil")
 
@@ -108,7 +108,7 @@ def _full(backend_dtypes):
 
 
 def _why_slow_cpp(image, weight, bias, pad):
-    # In bf16 its products are oneDNN's too; in bench/results/downsample-cpu.json.
+    # As measured; in bench/results/downsample-cpu.json.
     h, w = downsampled_size(*image.shape[2:], pad)
     patches, last = image.shape[0] * h * w, image.stride(1) == 1
     if torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad):
@@ -116,7 +116,7 @@ def _why_slow_cpp(image, weight, bias, pad):
     if image.dtype == torch.float32:
         many = patches > image.shape[1]
         return ["without gradients oneDNN is faster on more patches than channels"] if many else []
-    few = last and image.shape[1] >= 512 and 2 * patches <= image.shape[1]
+    few = CPU_HAS_BF16 and last and image.shape[1] >= 128 and 2 * patches <= image.shape[1]
     return [] if few else ["without gradients oneDNN's convolution is as fast in bf16"]
 
 

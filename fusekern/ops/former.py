@@ -9,7 +9,7 @@ from torch import Tensor
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_affines, check_heads, check_shape, check_tokens
 from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
-from fusekern.ops._limits import cpp_linear, triton_dtypes
+from fusekern.ops._limits import cpp_linear, slow_bf16, triton_dtypes
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
 
@@ -135,10 +135,10 @@ def why_not_triton(tokens, *rest):
 
 
 def _why_not_cpp(tokens, *rest):
-    return cpp_linear(tokens, [part for pair in rest[:6] for part in pair])
+    return cpp_linear([tokens], [part for pair in rest[:6] for part in pair])
 
 
-register("former", "cpp", _why_not_cpp)
+register("former", "cpp", _why_not_cpp, slow_bf16)
 register("former", "triton", why_not_triton)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_affines, check_alike, check_heads, check_shape, check_tokens
 from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
-from fusekern.ops._limits import cpp_linear
+from fusekern.ops._limits import cpp_linear, slow_bf16
 from fusekern.ops.former import PARAMETERS as FORMER_PARAMETERS
 from fusekern.ops.former import Affine, affines_of_former, former_reference, why_not_triton
 
@@ -166,10 +166,10 @@ def _why_not_triton(tokens, gathered, entry, norm0, former, key, value, query, h
 
 def _why_not_cpp(tokens, gathered, entry, norm0, former, key, value, query, heads, eps):
     parts = [part for pair in (entry, norm0, *former, key, value, query) if pair is not None for part in pair]
-    return cpp_linear(tokens, parts)
+    return cpp_linear([tokens, gathered], parts)
 
 
-register("text_path", "cpp", _why_not_cpp)
+register("text_path", "cpp", _why_not_cpp, slow_bf16)
 register("text_path", "triton", _why_not_triton)
 
 

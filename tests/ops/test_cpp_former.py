@@ -19,8 +19,8 @@ import fusekern._C as extension
 
 kernels = torch.ops.fusekern_cpp
 EPS = 1e-3
-# texts, tokens, channels, hidden, heads: odd on every vector's width, more rows than a block, heads of one channel, more
-# terms and, of these, more rows than a block
+# texts, tokens, channels, hidden, heads: odd on every vector's width, more rows than a block, heads of one channel,
+# more terms than a block and, of these, more rows
 SHAPES = [
     (1, 1, 4, 4, 1),
     (2, 5, 16, 32, 2),
@@ -61,6 +61,21 @@ def run_all(tokens, parts, grad, heads):
     return saved, gradients
 
 
+def run_forward(tokens, parts, heads):
+    """The output alone, of either dtype, between walls."""
+    batch, count, channels = tokens.shape
+    hidden, dtype = parts[6].shape[0], tokens.dtype
+    sizes = (channels, 3 * channels, channels, None, channels, hidden, channels)
+    saved = [
+        empty((batch, heads, count), torch.float32) if size is None else empty((batch, count, size), dtype)
+        for size in sizes
+    ]
+    saved.append(empty((4, batch * count), torch.float32))
+    kernels.former_fwd(tokens, *parts, heads, EPS, *saved)
+    assert all(map(walls_stand, saved))
+    return saved[0]
+
+
 def run(*arguments):
     """The output and all gradients."""
     saved, gradients = run_all(*arguments)
@@ -86,6 +101,40 @@ def test_parity(shape):
     torch.manual_seed(0)
     *sizes, heads = shape
     judge(*make(*sizes), heads)
+
+
+@pytest.mark.parametrize("vectors", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 19, 256, 512, 4)], ids=str)
+def test_forward_in_bf16(shape, vectors):
+    """Vectors may be in fp32, as under autocast; there PyTorch rounds them."""
+    torch.manual_seed(0)
+    *sizes, heads = shape
+    tokens, parts, _ = make(*sizes)
+    tokens, parts = tokens.bfloat16(), [part.to(torch.bfloat16 if part.dim() > 1 else vectors) for part in parts]
+
+    def of_torch(dtype):
+        all_of = [part.to(dtype) for part in parts]
+        return former_reference(tokens.to(dtype), *zip(all_of[::2], all_of[1::2], strict=True), heads=heads, eps=EPS)
+
+    assert_parity(run_forward(tokens, parts, heads), [of_torch(torch.bfloat16)], of_torch(torch.float64))
+
+
+def test_strides_in_bf16():
+    torch.manual_seed(0)
+    tokens, parts, _ = make(4, 9, 32, 24)
+    tokens, parts = tokens.bfloat16()[1:, 2:8], [part.bfloat16() for part in parts]
+    assert torch.equal(run_forward(tokens, parts, 4), run_forward(tokens.contiguous(), parts, 4))
+
+
+def test_a_nan_of_bf16_stays_in_its_text():
+    torch.manual_seed(0)
+    tokens, parts, _ = make(2, 9, 32, 24)
+    tokens, parts = tokens.bfloat16(), [part.bfloat16() for part in parts]
+    clean = run_forward(tokens, parts, 4)
+    tokens[1, 3, 5] = torch.nan
+    out = run_forward(tokens, parts, 4)
+    assert torch.equal(out[0], clean[0])
+    assert out[1].isnan().all()
 
 
 @pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
@@ -174,8 +223,20 @@ def test_refuses_what_does_not_fit():
     tokens, parts, grad = make(1, 4, 8, 16)
     with pytest.raises(RuntimeError, match="heads must divide C"):
         run(tokens, parts, grad, 3)
-    with pytest.raises(RuntimeError, match="has another dtype"):
+    with pytest.raises(RuntimeError, match="the dtype must be float32 or bfloat16"):
         run(tokens.double(), parts, grad, 2)
+    with pytest.raises(RuntimeError, match="qkv_weight has another dtype"):
+        run_forward(tokens.bfloat16(), parts, 2)
+    parts[0] = parts[0].bfloat16()
+    with pytest.raises(RuntimeError, match="qkv_weight has another dtype"):
+        run_forward(tokens, parts, 2)
+    bf16 = [part.bfloat16() for part in (tokens, *parts)]
+    with pytest.raises(RuntimeError, match="tokens has another dtype"):
+        saved = [empty((1, 4, size), torch.bfloat16) for size in (24, 8)]
+        lse, rest = empty((1, 2, 4), torch.float32), [empty((1, 4, size), torch.bfloat16) for size in (8, 16, 8)]
+        moments, gradients = empty((4, 4), torch.float32), [empty(tensor.shape, torch.bfloat16) for tensor in bf16]
+        weights = [bf16[i] for i in (1, 3, 5, 6, 7, 9, 11)]
+        kernels.former_bwd(grad.bfloat16(), bf16[0], *weights, *saved, lse, *rest, moments, 2, *gradients)
 
 
 @pytest.mark.parametrize("isa", extension.build_info()["isas"])
@@ -250,3 +311,30 @@ def test_strides_of_a_text_path(query):
     found = run_path(tensors, grads, 3, query)
     again = run_path([*turned, *tensors[2:]], [grad.mT.contiguous().mT for grad in grads], 3, query)
     assert all(map(torch.equal, found, again))
+
+
+@pytest.mark.parametrize("query", [True, False], ids=["query", "last"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_text_path_in_bf16(shape, query):
+    torch.manual_seed(0)
+    found, peers, truth = [], [], []
+    batch, count, channels, hidden, heads = shape
+    sizes = (channels,) * 5 + (3 * channels, channels, None, channels, hidden, channels)
+    for _ in range(8):
+        tensors = [tensor.bfloat16() for tensor in make_path(shape, query)[0]]
+        saved = [
+            empty((batch, heads, count), torch.float32) if size is None else empty((batch, count, size), torch.bfloat16)
+            for size in sizes
+        ]
+        saved.append(empty((6, batch * count), torch.float32))
+        kernels.text_path_fwd(*tensors, *([] if query else [None, None]), heads, EPS, *saved)
+        assert all(map(walls_stand, saved))
+        found.append(torch.stack(saved[: 4 if query else 3]))
+        for results, dtype in ((peers, torch.bfloat16), (truth, torch.float64)):
+            entry, norm, *rest = zip(*(iter([tensor.to(dtype) for tensor in tensors[2:]]),) * 2, strict=True)
+            last = rest[6:] if query else (*rest[6:], None)
+            given = [tensor.to(dtype) for tensor in tensors[:2]]
+            outs = text_path_reference(*given, entry, norm, tuple(rest[:6]), *last, heads=heads, eps=EPS)
+            results.append(torch.stack([out for out in outs if out is not None]))
+    for mine, other, right in zip(*(torch.stack(draws).unbind(1) for draws in (found, peers, truth)), strict=True):
+        assert_parity(mine, [other], right)
