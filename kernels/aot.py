@@ -30,6 +30,7 @@ from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import triton
@@ -40,9 +41,12 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former", "former2conv", "score_map")
-PARTS = ("former_fwd", "former_bwd")  # where former's kernels lie
-# An op's file, and others' that its kernels lie in or call.
-USES = {"inverted_bottleneck": ("batch_norm",), "former": PARTS}
+# Files besides an op's own that its kernels lie in, and those of other ops that they call.
+PARTS = {
+    "inverted_bottleneck": ("inverted_bottleneck_fwd", "inverted_bottleneck_bwd"),
+    "former": ("former_fwd", "former_bwd"),
+}
+USES = {"inverted_bottleneck": ("batch_norm",)}
 NO_KERNELS = ("text_path", "aot", "__init__")  # launches former's
 ARCHS = (80, 90, 100)
 # Shared memory that a program can have, bytes: 1 KiB less than the multiprocessor's own.
@@ -207,9 +211,10 @@ def source_hash(op: str) -> str:
     """Of all that a case of the op can depend on, comments and layout left out: its file, those that its kernels lie in
     or call, and those that are no op's."""
     folder = Path(__file__).parent
-    shared = [path for path in sorted(folder.glob("*.py")) if path.stem not in (*OPS, *PARTS, *NO_KERNELS)]
+    of_ops = {*OPS, *chain.from_iterable(PARTS.values())}
+    shared = [path for path in sorted(folder.glob("*.py")) if path.stem not in (*of_ops, *NO_KERNELS)]
     digest = hashlib.sha256()
-    for path in [*(folder / f"{name}.py" for name in (op, *USES.get(op, ()))), *shared]:
+    for path in [*(folder / f"{name}.py" for name in (op, *PARTS.get(op, ()), *USES.get(op, ()))), *shared]:
         digest.update("".join(_tokens(path)).encode())
     return digest.hexdigest()[:16]
 

@@ -192,6 +192,12 @@ def test_hash_of_what_kernels_call(monkeypatch):
     assert aot.source_hash("inverted_bottleneck") != before
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_lie_in_files_that_the_hash_knows(op):
+    found = {case.kernel.__module__.removeprefix("fusekern.kernels.") for case in aot.cases_of(op).values()}
+    assert found == set(aot.PARTS.get(op, (op,)))
+
+
 def test_hash_leaves_comments_out(tmp_path):
     def code(text):
         (tmp_path / "a.py").write_text(text)
