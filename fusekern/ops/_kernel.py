@@ -1,13 +1,11 @@
-"""What the ops' registrations share.
+"""What the bodies of the ops with kernels share.
 
-Behind a public op with kernels stands a ``custom_op`` whose schema carries the backend's name. It allocates the
-outputs, with the strides that its fake promises, and has a launcher fill them: a Triton launcher of ``kernels/<op>.py``
-or a C++ op of ``csrc/<op>.cpp``, alike in name and arguments.
+Each allocates the outputs, with the strides that its fake promises, and has a launcher fill them: a Triton launcher of
+``kernels/<op>.py`` or a C++ op of ``csrc/<op>.cpp``, alike in name and arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -50,12 +48,3 @@ def launch(backend: str, op: str, direction: str, *arguments: object, **more: ob
         return launcher(*arguments, **more)
     with torch.autocast(device, enabled=False):
         return launcher(*arguments, **more)
-
-
-def no_second_derivative(op: str) -> Callable[..., None]:
-    """The backward of a backward."""
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"{op} has no second derivative in its kernels; backend='reference' has one")
-
-    return refuse

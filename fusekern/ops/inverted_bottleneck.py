@@ -13,7 +13,8 @@ from torch import Tensor
 from fusekern.backends import BACKENDS, register, resolve
 from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, own_parts
 from fusekern.ops._check import check_alike, check_choice, check_shape
-from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_image, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_dtypes
 
 MEMORY = ("default", "low")
@@ -198,10 +199,9 @@ def _stages(backend: str, image: Tensor) -> Callable[..., object]:
     return run
 
 
-@torch.library.custom_op(
-    "fusekern::inverted_bottleneck",
-    mutates_args=(),
-    schema=f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_NORMS}, {_SETTINGS}, "
+@kernel_op(
+    "inverted_bottleneck",
+    f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_NORMS}, {_SETTINGS}, "
     "bool learning, bool low, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _inverted_bottleneck(image, expand, depthwise, project, *rest):
@@ -242,7 +242,7 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
 
-@_inverted_bottleneck.register_fake
+@fake_of(_inverted_bottleneck)
 def _(image, expand, depthwise, project, *rest):
     *_, batch, stride, _, learning, low, _, _ = rest
     if not learning and not any(batch):
@@ -252,10 +252,9 @@ def _(image, expand, depthwise, project, *rest):
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
 
-@torch.library.custom_op(
-    "fusekern::inverted_bottleneck_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor image, Tensor expand, Tensor depthwise, Tensor project, Tensor y1, Tensor y2, "
+@kernel_op(
+    "inverted_bottleneck_backward",
+    "(Tensor grad, Tensor image, Tensor expand, Tensor depthwise, Tensor project, Tensor y1, Tensor y2, "
     f"Tensor y3, Tensor vectors1, Tensor vectors2, Tensor vectors3, {_NORMS}, {_SETTINGS}, str group, str backend) "
     f"-> ({', '.join(['Tensor'] * 10)})",
 )
@@ -309,7 +308,7 @@ def _gradient_dtype(part: Tensor | None) -> torch.dtype:
     return torch.float32 if part is None else part.dtype
 
 
-@_inverted_bottleneck_backward.register_fake
+@fake_of(_inverted_bottleneck_backward)
 def _(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
     *vectors, eps, batch, _, _, _, backend = rest
     weights = (weight.new_empty(weight.shape) for weight in (expand, depthwise, project))
@@ -347,15 +346,11 @@ def _backward(ctx, grad, *others):
     return (dimage, dexpand, ddepthwise, dproject, *found, *(None,) * 8)
 
 
-_inverted_bottleneck.register_autograd(_backward, setup_context=_setup_context)
-_inverted_bottleneck_backward.register_autograd(no_second_derivative("inverted_bottleneck"))
+differentiate(_inverted_bottleneck, _backward, _setup_context)
+differentiate(_inverted_bottleneck_backward, no_second_derivative("inverted_bottleneck"))
 
 
-@torch.library.custom_op(
-    "fusekern::inverted_bottleneck_again",
-    mutates_args=(),
-    schema="(Tensor y3, Tensor vectors3, Tensor? skip, str backend) -> Tensor",
-)
+@kernel_op("inverted_bottleneck_again", "(Tensor y3, Tensor vectors3, Tensor? skip, str backend) -> Tensor")
 def made_again(y3, vectors3, skip, backend):
     """The result of a forward, by the stage that made it: to the bit."""
     out = torch.empty_like(y3)
@@ -363,12 +358,12 @@ def made_again(y3, vectors3, skip, backend):
     return out
 
 
-@made_again.register_fake
+@fake_of(made_again)
 def _(y3, vectors3, skip, backend):
     return torch.empty_like(y3)
 
 
-made_again.register_autograd(no_second_derivative("inverted_bottleneck"))
+differentiate(made_again, no_second_derivative("inverted_bottleneck"))
 
 
 def _known_sizes(others):
