@@ -25,14 +25,16 @@ def follow_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def empty_image(image: Tensor, channels: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
     """An uninitialised ``[B, C, H, W]`` in the layout of ``image``: channels_last if its channels lie side by side."""
-    shape = (image.shape[0], image.shape[1] if channels is None else channels, *(size or image.shape[2:]))
     layout = torch.channels_last if image.stride(1) == 1 else torch.contiguous_format
+    if channels is None and size is None:
+        return torch.empty_like(image, memory_format=layout)
+    shape = (image.shape[0], image.shape[1] if channels is None else channels, *(size or image.shape[2:]))
     return torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=layout)
 
 
 def empty_tokens(tokens: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the same shape."""
-    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
 def launch(backend: str, op: str, direction: str, *arguments: object, **more: object) -> object:
@@ -43,7 +45,10 @@ def launch(backend: str, op: str, direction: str, *arguments: object, **more: ob
     # Triton is optional, and importing it takes longer than importing fusekern.
     module = torch.ops.fusekern_cpp if backend == "cpp" else import_module(f"fusekern.kernels.{op}")
     launcher = getattr(module, f"{op}_{direction}")
-    device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            device = argument.device.type
+            break
     if not autocast_enabled(device):
         return launcher(*arguments, **more)
     with torch.autocast(device, enabled=False):

@@ -14,9 +14,9 @@ def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
 def cpp_linear(first: Tensor, parts: list[Tensor]) -> list[str]:
     """Of C++ kernels whose products are all their own, on parameters where they lie: PyTorch's in bf16 are faster."""
     reasons = _dtypes(first, torch.float32)
-    if not reasons and any(part.dtype != torch.float32 for part in parts):
+    if not reasons and any([part.dtype != torch.float32 for part in parts]):
         reasons.append("parameters that are not float32")
-    if not all(part.is_contiguous() for part in parts):
+    if not all([part.is_contiguous() for part in parts]):
         reasons.append("parameters that are not contiguous")
     return reasons
 
@@ -39,5 +39,7 @@ def triton_attention(first: Tensor, *rest: object) -> list[str]:
 
 
 def _dtypes(tensor: Tensor, *known: torch.dtype) -> list[str]:
+    if tensor.dtype in known:
+        return []
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
-    return [] if tensor.dtype in known else [f"{str(tensor.dtype).removeprefix('torch.')}, it takes {names}"]
+    return [f"{str(tensor.dtype).removeprefix('torch.')}, it takes {names}"]

@@ -145,12 +145,12 @@ def affines_of_former(
     """What ``check_affines`` takes: each with the shape that its weight must have."""
     hidden = up[1].numel()
     return {
-        "qkv": (qkv, 3 * channels, channels),
-        "out": (out, channels, channels),
-        "norm1": (norm1, channels),
-        "up": (up, hidden, channels),
-        "down": (down, channels, hidden),
-        "norm2": (norm2, channels),
+        "qkv": (qkv, (3 * channels, channels)),
+        "out": (out, (channels, channels)),
+        "norm1": (norm1, (channels,)),
+        "up": (up, (hidden, channels)),
+        "down": (down, (channels, hidden)),
+        "norm2": (norm2, (channels,)),
     }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import BACKENDS, register, resolve
-from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, own_parts
+from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, readable
 from fusekern.ops._check import check_alike, check_choice, check_shape
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_image, follow_autocast, launch
@@ -158,7 +158,8 @@ _SETTINGS = "float[] eps, bool[] batch, int stride, bool residual"
 
 
 def _norms_of(parts, eps, batch, backend) -> tuple[Norm, Norm, Norm]:
-    return tuple(own_parts(Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]), backend) for i in range(3))
+    parts = [readable(part, backend) for part in parts]
+    return tuple([Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]) for i in range(3)])
 
 
 def _matrices(expand: Tensor, depthwise: Tensor, project: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -515,9 +516,10 @@ def _check_variance(image: Tensor, norms: tuple[BatchNorm, ...], stride: int) ->
 def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:
     if not norm.batch and (norm.mean is None or norm.var is None):
         raise ValueError(f"{name} needs a running mean and variance, or batch=True")
-    dtypes = image.dtype, torch.promote_types(image.dtype, torch.float32)
+    dtype, device = image.dtype, image.device
+    dtypes = dtype, torch.promote_types(dtype, torch.float32)
     for part, tensor in zip(("weight", "bias", "mean", "var"), norm[:4], strict=True):
-        if tensor is None:
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device and tensor.shape == (width,)):
             continue
         if tensor.shape != (width,):
             raise ValueError(f"{name}.{part} must be [c] with c = {width}; got shape {list(tensor.shape)}")

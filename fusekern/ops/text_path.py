@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_affines, check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._check import autocast_enabled, check_affines, check_alike, check_heads, check_shape, check_tokens
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_linear
@@ -222,21 +222,23 @@ def text_path(
     check_shape("gathered", gathered, "B K C", B=batch, K=count, C=channels)
     check_alike(tokens=tokens, gathered=gathered)
     check_heads(channels, heads)
+    square = channels, channels
     check_affines(
         tokens,
-        entry=(entry, channels, channels),
-        norm0=(norm0, channels),
+        entry=(entry, square),
+        norm0=(norm0, (channels,)),
         **affines_of_former(channels, *former),
-        key=(key, channels, channels),
-        value=(value, channels, channels),
-        **({} if query is None else {"query": (query, channels, channels)}),
+        key=(key, square),
+        value=(value, square),
+        **({} if query is None else {"query": (query, square)}),
     )
-    qkv, out, norm1, up, down, norm2 = former
-    # Vectors keep their dtype: they are added to sums in fp32.
-    linears = [entry, qkv, out, up, down, key, value, *([query] if query else [])]
-    tokens, gathered, *weights = follow_autocast(tokens, gathered, *(weight for weight, _ in linears))
-    entry, qkv, out, up, down, key, value, *others = zip(weights, (bias for _, bias in linears), strict=True)
-    query, former = others[0] if others else None, (qkv, out, norm1, up, down, norm2)
+    if autocast_enabled(tokens.device.type):
+        qkv, out, norm1, up, down, norm2 = former
+        # Vectors keep their dtype: they are added to sums in fp32.
+        linears = [entry, qkv, out, up, down, key, value, *([query] if query else [])]
+        tokens, gathered, *weights = follow_autocast(tokens, gathered, *(weight for weight, _ in linears))
+        entry, qkv, out, up, down, key, value, *others = zip(weights, (bias for _, bias in linears), strict=True)
+        query, former = others[0] if others else None, (qkv, out, norm1, up, down, norm2)
     arguments = tokens, gathered, entry, norm0, former, key, value, query
     backend = resolve("text_path", backend, *arguments, heads, eps)
     if backend == "reference":
