@@ -132,8 +132,13 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
         return name
     chosen = "reference"
     if not torch.compiler.is_exporting() and not _transformed():
-        for candidate in _kernels[op] and BACKENDS:
-            if not why_not(op, candidate, *arguments) and not why_slow(op, candidate, *arguments):
+        device = arguments[0].device.type
+        for candidate, traits in BACKENDS.items():
+            # What why_not says, without the words.
+            if traits.device != device or traits.missing or candidate not in _kernels[op]:
+                continue
+            cannot, slow = _kernels[op][candidate]
+            if not cannot(*arguments) and not slow(*arguments):
                 chosen = candidate
                 break
     # A log call would break the graph of a trace.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
+from fusekern.nn._attributes import affine
 from fusekern.ops._check import check_choice
 from fusekern.ops.downsample import PADS
 from fusekern.ops.former2conv import by_recipe
@@ -72,7 +73,7 @@ class ImageToTextBridge(nn.Module):
 
     def tokens(self, image: Tensor) -> Tensor:
         """The down-sampled image, ``[B, C, h, w]``."""
-        return ops.downsample(image, self.downsample.weight, self.downsample.bias, pad=self.pad, backend=self.backend)
+        return ops.downsample(image, *affine(self.downsample), pad=self.pad, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pad={self.pad!r}, bridge={self.bridge!r}, backend={self.backend!r}"

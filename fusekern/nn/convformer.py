@@ -15,9 +15,10 @@ from torch.utils import _pytree
 
 from fusekern import ops
 from fusekern.backends import check_name, is_reference
+from fusekern.nn._attributes import affine
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
-from fusekern.nn.text_transformer import TextTransformer, affine
+from fusekern.nn.text_transformer import TextTransformer
 from fusekern.ops._check import check_choice, check_heads
 from fusekern.ops.inverted_bottleneck import Recipe
 
@@ -177,7 +178,8 @@ class ConvFormer(nn.Module):
         text = text * self.text_scale
         new_image, new_text = image, text
         query = None
-        for block, following in zip_longest(self.blocks, self.blocks[1:]):
+        blocks = list(self.blocks)
+        for block, following in zip_longest(blocks, blocks[1:]):
             new_image, new_text, query = block(new_image, new_text, query, following)
         if self.outer_residual:
             return new_image + image, new_text + text
@@ -252,17 +254,18 @@ class ConvFormerBlock(nn.Module):
         if self.bridge != "attention" or is_reference(self.backend):
             text = self.transformer(self.image_to_text(text, image))
             return self.text_to_image(self.bottleneck(image), text), text, None
-        first, last = self.image_to_text, self.text_to_image
+        first, last, transformer = self.image_to_text, self.text_to_image, self.transformer
+        norm = first.norm
         with _beside(image) as apart:
             with apart:
                 wide, recipe = _and_recipe(self.bottleneck, image)
             path = ops.text_path(
                 *(text, first.gather(first.query(text) if query is None else query, image)),
-                *(affine(first.out), affine(first.norm), self.transformer.parts()),
+                *(affine(first.out), affine(norm), transformer.parts()),
                 *(affine(last.key), affine(last.value)),
                 None if following is None else affine(following.image_to_text.query),
-                heads=self.transformer.heads,
-                eps=first.norm.eps,
+                heads=transformer.heads,
+                eps=norm.eps,
                 backend=self.backend,
             )
         return last.scatter(wide, path.key, path.value, recipe), path.tokens, path.query

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
+from fusekern.nn._attributes import tensor_of
 from fusekern.ops._check import check_choice
 from fusekern.ops.inverted_bottleneck import MEMORY, Recipe, with_recipe
 
@@ -62,7 +63,7 @@ class InvertedBottleneck(nn.Module):
 
     def forward(self, image: Tensor, recipes: list[Recipe] | None = None) -> Tensor:
         """``recipes`` is for one who would keep the result for a backward: how to make it again, if known, is added."""
-        parts = Parts(self.expand, self.norm1, self.depthwise, self.norm2, self.project, self.norm3)
+        parts = Parts(*[self._modules[name] for name in Parts._fields])
         result, recipe = run(image, parts, self.residual, self.memory, self.backend)
         if recipes is not None and recipe is not None:
             recipes.append(recipe)
@@ -93,7 +94,7 @@ def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) 
         result = parts.norm3(parts.project(hidden))
         return image + result if residual else result, None
     image, statistics, recipe = with_recipe(
-        *(image, parts.expand.weight, parts.depthwise.weight, parts.project.weight),
+        *(image, *[tensor_of(conv, "weight") for conv in (parts.expand, parts.depthwise, parts.project)]),
         tuple(map(_as_argument, parts.norms)),
         stride=parts.depthwise.stride[0],
         residual=residual,
@@ -115,8 +116,7 @@ def _activated(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_plain(child: nn.Module) -> bool:
-    hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
-    if any(hooks):
+    if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
         return False
     if type(child) is nn.Conv2d:
         return child.bias is None
@@ -133,7 +133,7 @@ def _is_timm_norm(child: nn.Module) -> bool:
 
 
 def _takes_batch(norm: nn.Module) -> bool:
-    return norm.training or norm.running_mean is None
+    return norm.training or tensor_of(norm, "running_mean") is None
 
 
 def _group_of(norms: tuple[nn.Module, ...]) -> str | None:
@@ -150,7 +150,8 @@ def _own_group(norm: nn.Module) -> str:
 
 
 def _as_argument(norm: nn.BatchNorm2d) -> ops.BatchNorm:
-    return ops.BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, _takes_batch(norm))
+    tensors = [tensor_of(norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    return ops.BatchNorm(*tensors, norm.eps, _takes_batch(norm))
 
 
 @torch.no_grad()

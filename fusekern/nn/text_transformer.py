@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
-
-
-def affine(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """A child as ops take it."""
-    return part.weight, part.bias
+from fusekern.nn._attributes import affine
 
 
 class TextTransformer(nn.Module):
@@ -43,7 +39,8 @@ class TextTransformer(nn.Module):
 
     def parts(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight and bias of each child, in the order in which the op takes them."""
-        return tuple(map(affine, (self.qkv, self.out, self.norm1, self.up, self.down, self.norm2)))
+        children = self._modules
+        return tuple([affine(children[name]) for name in ("qkv", "out", "norm1", "up", "down", "norm2")])
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, backend={self.backend!r}"

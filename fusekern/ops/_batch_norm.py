@@ -38,12 +38,10 @@ def new_vectors(like: Tensor, rows: int, channels: int) -> Tensor:
     return (like.new_empty if like.numel() else like.new_zeros)(rows, channels, dtype=torch.float32)
 
 
-def own_parts(norm: Norm, backend: str) -> Norm:
-    """A norm whose tensors a backend's kernels can read."""
-    return Norm(*(None if part is None else _readable(part, backend) for part in norm[:4]), *norm[4:])
-
-
-def _readable(part: Tensor, backend: str) -> Tensor:
+def readable(part: Tensor | None, backend: str) -> Tensor | None:
+    """A norm's tensor as a backend's kernels can read it."""
+    if part is None:
+        return None
     # In C++ they have one dtype.
     return (part.float() if backend == "cpp" else part).contiguous()
 

@@ -47,7 +47,10 @@ def check_alike(**tensors: Tensor | None) -> None:
 def _same(leader: Tensor, *others: Tensor) -> bool:
     """As good as always, and found out faster than in words."""
     dtype, device = leader.dtype, leader.device
-    return dtype.is_floating_point and all(other.dtype == dtype and other.device == device for other in others)
+    for other in others:
+        if other.dtype != dtype or other.device != device:
+            return False
+    return dtype.is_floating_point
 
 
 def check_tokens(name: str, tensor: Tensor) -> None:
@@ -58,14 +61,14 @@ def check_tokens(name: str, tensor: Tensor) -> None:
 
 def check_affines(tokens: Tensor, **pairs: tuple) -> None:
     """Pairs of weight and bias that go with the tokens; each with the shape that its weight must have."""
-    for name, ((weight, bias), *shape) in pairs.items():
-        if list(weight.shape) != shape or list(bias.shape) != shape[:1]:
+    for name, ((weight, bias), shape) in pairs.items():
+        if weight.shape != shape or bias.shape != shape[:1]:
             raise ValueError(
-                f"{name} must be a weight {shape} and a bias {shape[:1]}; "
+                f"{name} must be a weight {list(shape)} and a bias {list(shape[:1])}; "
                 f"got shapes {list(weight.shape)} and {list(bias.shape)}"
             )
-    if not _same(tokens, *(part for (pair, *_) in pairs.values() for part in pair)):
-        for name, ((weight, bias), *_) in pairs.items():
+    if not _same(tokens, *[part for pair, _ in pairs.values() for part in pair]):
+        for name, ((weight, bias), _) in pairs.items():
             check_alike(**{"tokens": tokens, f"{name} weight": weight, f"{name} bias": bias})
 
 

@@ -1,13 +1,11 @@
-"""What the ops' registrations share.
+"""What the bodies of the ops with kernels share.
 
-Behind a public op with kernels stands a ``custom_op`` whose schema carries the backend's name. It allocates the
-outputs, with the strides that its fake promises, and has a launcher fill them: a Triton launcher of ``kernels/<op>.py``
-or a C++ op of ``csrc/<op>.cpp``, alike in name and arguments.
+Each allocates the outputs, with the strides that its fake promises, and has a launcher fill them: a Triton launcher of
+``kernels/<op>.py`` or a C++ op of ``csrc/<op>.cpp``, alike in name and arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -27,14 +25,16 @@ def follow_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def empty_image(image: Tensor, channels: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
     """An uninitialised ``[B, C, H, W]`` in the layout of ``image``: channels_last if its channels lie side by side."""
-    shape = (image.shape[0], image.shape[1] if channels is None else channels, *(size or image.shape[2:]))
     layout = torch.channels_last if image.stride(1) == 1 else torch.contiguous_format
+    if channels is None and size is None:
+        return torch.empty_like(image, memory_format=layout)
+    shape = (image.shape[0], image.shape[1] if channels is None else channels, *(size or image.shape[2:]))
     return torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=layout)
 
 
 def empty_tokens(tokens: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the same shape."""
-    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
 def launch(backend: str, op: str, direction: str, *arguments: object, **more: object) -> object:
@@ -45,17 +45,11 @@ def launch(backend: str, op: str, direction: str, *arguments: object, **more: ob
     # Triton is optional, and importing it takes longer than importing fusekern.
     module = torch.ops.fusekern_cpp if backend == "cpp" else import_module(f"fusekern.kernels.{op}")
     launcher = getattr(module, f"{op}_{direction}")
-    device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            device = argument.device.type
+            break
     if not autocast_enabled(device):
         return launcher(*arguments, **more)
     with torch.autocast(device, enabled=False):
         return launcher(*arguments, **more)
-
-
-def no_second_derivative(op: str) -> Callable[..., None]:
-    """The backward of a backward."""
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"{op} has no second derivative in its kernels; backend='reference' has one")
-
-    return refuse

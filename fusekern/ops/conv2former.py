@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
-from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_attention
 
 
@@ -25,11 +26,7 @@ def _empty_rows(query: Tensor, heads: int) -> Tensor:
     return torch.empty((query.shape[0], heads, query.shape[1]), dtype=torch.float32, device=query.device)
 
 
-@torch.library.custom_op(
-    "fusekern::conv2former",
-    mutates_args=(),
-    schema="(Tensor query, Tensor tokens, int heads, float scale, str backend) -> (Tensor, Tensor)",
-)
+@kernel_op("conv2former", "(Tensor query, Tensor tokens, int heads, float scale, str backend) -> (Tensor, Tensor)")
 def _conv2former(query, tokens, heads, scale, backend):
     out, lse = empty_tokens(query), _empty_rows(query, heads)
     if tokens.numel():
@@ -39,15 +36,14 @@ def _conv2former(query, tokens, heads, scale, backend):
     return out, lse
 
 
-@_conv2former.register_fake
+@fake_of(_conv2former)
 def _(query, tokens, heads, scale, backend):
     return empty_tokens(query), _empty_rows(query, heads)
 
 
-@torch.library.custom_op(
-    "fusekern::conv2former_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor query, Tensor tokens, Tensor out, Tensor lse, int heads, float scale, str backend) "
+@kernel_op(
+    "conv2former_backward",
+    "(Tensor grad, Tensor query, Tensor tokens, Tensor out, Tensor lse, int heads, float scale, str backend) "
     "-> (Tensor, Tensor)",
 )
 def _conv2former_backward(grad, query, tokens, out, lse, heads, scale, backend):
@@ -59,7 +55,7 @@ def _conv2former_backward(grad, query, tokens, out, lse, heads, scale, backend):
     return dquery, dtokens
 
 
-@_conv2former_backward.register_fake
+@fake_of(_conv2former_backward)
 def _(grad, query, tokens, out, lse, heads, scale, backend):
     return empty_tokens(query), empty_image(tokens)
 
@@ -77,8 +73,8 @@ def _backward(ctx, grad, _):
     return *_conv2former_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend), None, None, None
 
 
-_conv2former.register_autograd(_backward, setup_context=_setup_context)
-_conv2former_backward.register_autograd(no_second_derivative("conv2former"))
+differentiate(_conv2former, _backward, _setup_context)
+differentiate(_conv2former_backward, no_second_derivative("conv2former"))
 
 
 register("conv2former", "cpp", cpp_dtypes)

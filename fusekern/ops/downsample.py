@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_choice, check_shape
-from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_image, follow_autocast, launch
 from fusekern.ops._limits import CPU_HAS_BF16, cpp_dtypes, triton_dtypes
 
 PADS = ("floor", "ceil")
@@ -38,11 +39,7 @@ def downsample_reference(image: Tensor, weight: Tensor, bias: Tensor | None = No
     return tokens[:, :, :h, :w]
 
 
-@torch.library.custom_op(
-    "fusekern::downsample",
-    mutates_args=(),
-    schema="(Tensor image, Tensor weight, Tensor? bias, SymInt h, SymInt w, str backend) -> Tensor",
-)
+@kernel_op("downsample", "(Tensor image, Tensor weight, Tensor? bias, SymInt h, SymInt w, str backend) -> Tensor")
 def _downsample(image, weight, bias, h, w, backend):
     out = empty_image(image, size=(h, w))
     if out.numel():
@@ -50,15 +47,14 @@ def _downsample(image, weight, bias, h, w, backend):
     return out
 
 
-@_downsample.register_fake
+@fake_of(_downsample)
 def _(image, weight, bias, h, w, backend):
     return empty_image(image, size=(h, w))
 
 
-@torch.library.custom_op(
-    "fusekern::downsample_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor image, Tensor weight, bool bias, str backend) -> (Tensor, Tensor, Tensor)",
+@kernel_op(
+    "downsample_backward",
+    "(Tensor grad, Tensor image, Tensor weight, bool bias, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _downsample_backward(grad, image, weight, bias, backend):
     gradients = _empty_gradients(image, weight, bias)
@@ -76,7 +72,7 @@ def _empty_gradients(image: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor,
     return empty_image(image), dweight, dweight.new_empty(weight.shape[0] if bias else 0)
 
 
-@_downsample_backward.register_fake
+@fake_of(_downsample_backward)
 def _(grad, image, weight, bias, backend):
     return _empty_gradients(image, weight, bias)
 
@@ -95,8 +91,8 @@ def _backward(ctx, grad):
     return dimage, dweight, dbias if ctx.bias else None, None, None, None
 
 
-_downsample.register_autograd(_backward, setup_context=_setup_context)
-_downsample_backward.register_autograd(no_second_derivative("downsample"))
+differentiate(_downsample, _backward, _setup_context)
+differentiate(_downsample_backward, no_second_derivative("downsample"))
 
 
 def _full(backend_dtypes):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_affines, check_heads, check_shape, check_tokens
-from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_linear, slow_bf16, triton_dtypes
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
@@ -62,10 +63,8 @@ def _empty(tokens: Tensor, up_weight: Tensor, heads: int) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op(
-    "fusekern::former",
-    mutates_args=(),
-    schema=f"(Tensor tokens, {PARAMETERS}, int heads, float eps, str backend) -> ({', '.join(['Tensor'] * 8)})",
+@kernel_op(
+    "former", f"(Tensor tokens, {PARAMETERS}, int heads, float eps, str backend) -> ({', '.join(['Tensor'] * 8)})"
 )
 def _former(tokens, *arguments):
     *parameters, heads, eps, backend = arguments
@@ -75,16 +74,14 @@ def _former(tokens, *arguments):
     return results
 
 
-@_former.register_fake
+@fake_of(_former)
 def _(tokens, *arguments):
     return _empty(tokens, arguments[6], arguments[12])
 
 
-@torch.library.custom_op(
-    "fusekern::former_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor tokens, {PARAMETERS}, {_SAVED}, int heads, str backend) "
-    f"-> ({', '.join(['Tensor'] * 13)})",
+@kernel_op(
+    "former_backward",
+    f"(Tensor grad, Tensor tokens, {PARAMETERS}, {_SAVED}, int heads, str backend) -> ({', '.join(['Tensor'] * 13)})",
 )
 def _former_backward(grad, tokens, *arguments):
     *tensors, heads, backend = arguments
@@ -100,7 +97,7 @@ def _former_backward(grad, tokens, *arguments):
     return gradients
 
 
-@_former_backward.register_fake
+@fake_of(_former_backward)
 def _(grad, tokens, *arguments):
     return tuple(empty_tokens(tensor) for tensor in (tokens, *arguments[:12]))
 
@@ -118,8 +115,8 @@ def _backward(ctx, grad, *_):
     return *_former_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.backend), None, None, None
 
 
-_former.register_autograd(_backward, setup_context=_setup_context)
-_former_backward.register_autograd(no_second_derivative("former"))
+differentiate(_former, _backward, _setup_context)
+differentiate(_former_backward, no_second_derivative("former"))
 
 
 def why_not_triton(tokens, *rest):
@@ -148,12 +145,12 @@ def affines_of_former(
     """What ``check_affines`` takes: each with the shape that its weight must have."""
     hidden = up[1].numel()
     return {
-        "qkv": (qkv, 3 * channels, channels),
-        "out": (out, channels, channels),
-        "norm1": (norm1, channels),
-        "up": (up, hidden, channels),
-        "down": (down, channels, hidden),
-        "norm2": (norm2, channels),
+        "qkv": (qkv, (3 * channels, channels)),
+        "out": (out, (channels, channels)),
+        "norm1": (norm1, (channels,)),
+        "up": (up, (hidden, channels)),
+        "down": (down, (channels, hidden)),
+        "norm2": (norm2, (channels,)),
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
-from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_attention
 from fusekern.ops.inverted_bottleneck import Recipe, made_again
 
@@ -25,10 +25,9 @@ def former2conv_reference(
     return image + gathered.reshape(image.shape)
 
 
-@torch.library.custom_op(
-    "fusekern::former2conv",
-    mutates_args=(),
-    schema="(Tensor image, Tensor key, Tensor value, int heads, float scale, str backend, "
+@kernel_op(
+    "former2conv",
+    "(Tensor image, Tensor key, Tensor value, int heads, float scale, str backend, "
     'Tensor? y3=None, Tensor? vectors3=None, Tensor? skip=None, str made_by="") -> Tensor',
 )
 def _former2conv(image, key, value, heads, scale, backend, y3=None, vectors3=None, skip=None, made_by=""):
@@ -39,15 +38,14 @@ def _former2conv(image, key, value, heads, scale, backend, y3=None, vectors3=Non
     return out
 
 
-@_former2conv.register_fake
+@fake_of(_former2conv)
 def _(image, *rest):
     return empty_image(image)
 
 
-@torch.library.custom_op(
-    "fusekern::former2conv_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor image, Tensor key, Tensor value, int heads, float scale, str backend) "
+@kernel_op(
+    "former2conv_backward",
+    "(Tensor grad, Tensor image, Tensor key, Tensor value, int heads, float scale, str backend) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _former2conv_backward(grad, image, key, value, heads, scale, backend):
@@ -59,7 +57,7 @@ def _former2conv_backward(grad, image, key, value, heads, scale, backend):
     return dimage, dkey, dvalue
 
 
-@_former2conv_backward.register_fake
+@fake_of(_former2conv_backward)
 def _(grad, image, key, value, heads, scale, backend):
     return empty_image(image), empty_tokens(key), empty_tokens(value)
 
@@ -79,8 +77,8 @@ def _backward(ctx, grad):
     return *_former2conv_backward(grad, image, key, value, ctx.heads, ctx.scale, ctx.backend), *(None,) * 7
 
 
-_former2conv.register_autograd(_backward, setup_context=_setup_context)
-_former2conv_backward.register_autograd(no_second_derivative("former2conv"))
+differentiate(_former2conv, _backward, _setup_context)
+differentiate(_former2conv_backward, no_second_derivative("former2conv"))
 
 
 register("former2conv", "cpp", cpp_dtypes)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import BACKENDS, register, resolve
-from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, own_parts
+from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, readable
 from fusekern.ops._check import check_alike, check_choice, check_shape
-from fusekern.ops._kernel import empty_image, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_image, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_dtypes
 
 MEMORY = ("default", "low")
@@ -157,7 +158,8 @@ _SETTINGS = "float[] eps, bool[] batch, int stride, bool residual"
 
 
 def _norms_of(parts, eps, batch, backend) -> tuple[Norm, Norm, Norm]:
-    return tuple(own_parts(Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]), backend) for i in range(3))
+    parts = [readable(part, backend) for part in parts]
+    return tuple([Norm(*parts[4 * i : 4 * i + 4], eps[i], batch[i]) for i in range(3)])
 
 
 def _matrices(expand: Tensor, depthwise: Tensor, project: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +200,9 @@ def _stages(backend: str, image: Tensor) -> Callable[..., object]:
     return run
 
 
-@torch.library.custom_op(
-    "fusekern::inverted_bottleneck",
-    mutates_args=(),
-    schema=f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_NORMS}, {_SETTINGS}, "
+@kernel_op(
+    "inverted_bottleneck",
+    f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_NORMS}, {_SETTINGS}, "
     "bool learning, bool low, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _inverted_bottleneck(image, expand, depthwise, project, *rest):
@@ -242,7 +243,7 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
 
-@_inverted_bottleneck.register_fake
+@fake_of(_inverted_bottleneck)
 def _(image, expand, depthwise, project, *rest):
     *_, batch, stride, _, learning, low, _, _ = rest
     if not learning and not any(batch):
@@ -252,10 +253,9 @@ def _(image, expand, depthwise, project, *rest):
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
 
 
-@torch.library.custom_op(
-    "fusekern::inverted_bottleneck_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor image, Tensor expand, Tensor depthwise, Tensor project, Tensor y1, Tensor y2, "
+@kernel_op(
+    "inverted_bottleneck_backward",
+    "(Tensor grad, Tensor image, Tensor expand, Tensor depthwise, Tensor project, Tensor y1, Tensor y2, "
     f"Tensor y3, Tensor vectors1, Tensor vectors2, Tensor vectors3, {_NORMS}, {_SETTINGS}, str group, str backend) "
     f"-> ({', '.join(['Tensor'] * 10)})",
 )
@@ -309,7 +309,7 @@ def _gradient_dtype(part: Tensor | None) -> torch.dtype:
     return torch.float32 if part is None else part.dtype
 
 
-@_inverted_bottleneck_backward.register_fake
+@fake_of(_inverted_bottleneck_backward)
 def _(grad, image, expand, depthwise, project, y1, y2, y3, *rest):
     *vectors, eps, batch, _, _, _, backend = rest
     weights = (weight.new_empty(weight.shape) for weight in (expand, depthwise, project))
@@ -347,15 +347,11 @@ def _backward(ctx, grad, *others):
     return (dimage, dexpand, ddepthwise, dproject, *found, *(None,) * 8)
 
 
-_inverted_bottleneck.register_autograd(_backward, setup_context=_setup_context)
-_inverted_bottleneck_backward.register_autograd(no_second_derivative("inverted_bottleneck"))
+differentiate(_inverted_bottleneck, _backward, _setup_context)
+differentiate(_inverted_bottleneck_backward, no_second_derivative("inverted_bottleneck"))
 
 
-@torch.library.custom_op(
-    "fusekern::inverted_bottleneck_again",
-    mutates_args=(),
-    schema="(Tensor y3, Tensor vectors3, Tensor? skip, str backend) -> Tensor",
-)
+@kernel_op("inverted_bottleneck_again", "(Tensor y3, Tensor vectors3, Tensor? skip, str backend) -> Tensor")
 def made_again(y3, vectors3, skip, backend):
     """The result of a forward, by the stage that made it: to the bit."""
     out = torch.empty_like(y3)
@@ -363,12 +359,12 @@ def made_again(y3, vectors3, skip, backend):
     return out
 
 
-@made_again.register_fake
+@fake_of(made_again)
 def _(y3, vectors3, skip, backend):
     return torch.empty_like(y3)
 
 
-made_again.register_autograd(no_second_derivative("inverted_bottleneck"))
+differentiate(made_again, no_second_derivative("inverted_bottleneck"))
 
 
 def _known_sizes(others):
@@ -520,9 +516,10 @@ def _check_variance(image: Tensor, norms: tuple[BatchNorm, ...], stride: int) ->
 def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:
     if not norm.batch and (norm.mean is None or norm.var is None):
         raise ValueError(f"{name} needs a running mean and variance, or batch=True")
-    dtypes = image.dtype, torch.promote_types(image.dtype, torch.float32)
+    dtype, device = image.dtype, image.device
+    dtypes = dtype, torch.promote_types(dtype, torch.float32)
     for part, tensor in zip(("weight", "bias", "mean", "var"), norm[:4], strict=True):
-        if tensor is None:
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device and tensor.shape == (width,)):
             continue
         if tensor.shape != (width,):
             raise ValueError(f"{name}.{part} must be [c] with c = {width}; got shape {list(tensor.shape)}")

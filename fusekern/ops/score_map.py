@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fusekern.backends import register, resolve
 from fusekern.ops._check import check_alike, check_shape, check_tokens
-from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_dtypes
 
 
@@ -26,11 +27,7 @@ def score_map_reference(image: Tensor, text: Tensor, *, normalize: bool = True, 
     return torch.cat([image, score], dim=1) if concat else score
 
 
-@torch.library.custom_op(
-    "fusekern::score_map",
-    mutates_args=(),
-    schema="(Tensor image, Tensor text, bool normalize, bool concat, str backend) -> Tensor",
-)
+@kernel_op("score_map", "(Tensor image, Tensor text, bool normalize, bool concat, str backend) -> Tensor")
 def _score_map(image, text, normalize, concat, backend):
     out = _empty_score(image, text, concat)
     if out.numel():
@@ -42,15 +39,14 @@ def _empty_score(image: Tensor, text: Tensor, concat: bool) -> Tensor:
     return empty_image(image, text.shape[1] + (image.shape[1] if concat else 0))
 
 
-@_score_map.register_fake
+@fake_of(_score_map)
 def _(image, text, normalize, concat, backend):
     return _empty_score(image, text, concat)
 
 
-@torch.library.custom_op(
-    "fusekern::score_map_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor image, Tensor text, bool normalize, bool concat, str backend) -> (Tensor, Tensor)",
+@kernel_op(
+    "score_map_backward",
+    "(Tensor grad, Tensor image, Tensor text, bool normalize, bool concat, str backend) -> (Tensor, Tensor)",
 )
 def _score_map_backward(grad, image, text, normalize, concat, backend):
     dimage, dtext = empty_image(image), empty_tokens(text)
@@ -61,7 +57,7 @@ def _score_map_backward(grad, image, text, normalize, concat, backend):
     return dimage, dtext
 
 
-@_score_map_backward.register_fake
+@fake_of(_score_map_backward)
 def _(grad, image, text, normalize, concat, backend):
     return empty_image(image), empty_tokens(text)
 
@@ -78,8 +74,8 @@ def _backward(ctx, grad):
     return *_score_map_backward(grad, *ctx.saved_tensors, ctx.normalize, ctx.concat, ctx.backend), None, None, None
 
 
-_score_map.register_autograd(_backward, setup_context=_setup_context)
-_score_map_backward.register_autograd(no_second_derivative("score_map"))
+differentiate(_score_map, _backward, _setup_context)
+differentiate(_score_map_backward, no_second_derivative("score_map"))
 
 
 def _why_slow_cpp(image, text, normalize, concat):

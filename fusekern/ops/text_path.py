@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_affines, check_alike, check_heads, check_shape, check_tokens
-from fusekern.ops._kernel import empty_tokens, follow_autocast, launch, no_second_derivative
+from fusekern.ops._check import autocast_enabled, check_affines, check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
+from fusekern.ops._kernel import empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_linear, slow_bf16
 from fusekern.ops.former import PARAMETERS as FORMER_PARAMETERS
 from fusekern.ops.former import Affine, affines_of_former, former_reference, why_not_triton
@@ -79,10 +80,9 @@ def _empty(tokens: Tensor, up_weight: Tensor, query: bool, heads: int) -> tuple[
     )
 
 
-@torch.library.custom_op(
-    "fusekern::text_path",
-    mutates_args=(),
-    schema=f"(Tensor tokens, Tensor gathered, {_PARAMETERS}, int heads, float eps, str backend) "
+@kernel_op(
+    "text_path",
+    f"(Tensor tokens, Tensor gathered, {_PARAMETERS}, int heads, float eps, str backend) "
     f"-> ({', '.join(['Tensor'] * 12)})",
 )
 def _text_path(tokens, gathered, *arguments):
@@ -93,15 +93,14 @@ def _text_path(tokens, gathered, *arguments):
     return results
 
 
-@_text_path.register_fake
+@fake_of(_text_path)
 def _(tokens, gathered, *arguments):
     return _empty(tokens, arguments[10], arguments[20] is not None, arguments[22])
 
 
-@torch.library.custom_op(
-    "fusekern::text_path_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor dkey, Tensor dvalue, Tensor dquery, Tensor gathered, {_PARAMETERS}, Tensor out, "
+@kernel_op(
+    "text_path_backward",
+    f"(Tensor grad, Tensor dkey, Tensor dvalue, Tensor dquery, Tensor gathered, {_PARAMETERS}, Tensor out, "
     f"{', '.join(f'Tensor {name}' for name in _SAVED)}, int heads, str backend) -> ({', '.join(['Tensor'] * 24)})",
 )
 def _text_path_backward(grad, dkey, dvalue, dquery, gathered, *arguments):
@@ -127,7 +126,7 @@ def _gradients(grad: Tensor, gathered: Tensor, parameters: list[Tensor | None]) 
     return tuple(grad.new_empty(0) if tensor is None else empty_tokens(tensor) for tensor in present)
 
 
-@_text_path_backward.register_fake
+@fake_of(_text_path_backward)
 def _(grad, dkey, dvalue, dquery, gathered, *arguments):
     return _gradients(grad, gathered, arguments[:22])
 
@@ -152,8 +151,8 @@ def _backward(ctx, *grads):
     return (*gradients, None, None, None)
 
 
-_text_path.register_autograd(_backward, setup_context=_setup_context)
-_text_path_backward.register_autograd(no_second_derivative("text_path"))
+differentiate(_text_path, _backward, _setup_context)
+differentiate(_text_path_backward, no_second_derivative("text_path"))
 
 
 def _why_not_triton(tokens, gathered, entry, norm0, former, key, value, query, heads, eps):
@@ -223,21 +222,23 @@ def text_path(
     check_shape("gathered", gathered, "B K C", B=batch, K=count, C=channels)
     check_alike(tokens=tokens, gathered=gathered)
     check_heads(channels, heads)
+    square = channels, channels
     check_affines(
         tokens,
-        entry=(entry, channels, channels),
-        norm0=(norm0, channels),
+        entry=(entry, square),
+        norm0=(norm0, (channels,)),
         **affines_of_former(channels, *former),
-        key=(key, channels, channels),
-        value=(value, channels, channels),
-        **({} if query is None else {"query": (query, channels, channels)}),
+        key=(key, square),
+        value=(value, square),
+        **({} if query is None else {"query": (query, square)}),
     )
-    qkv, out, norm1, up, down, norm2 = former
-    # Vectors keep their dtype: they are added to sums in fp32.
-    linears = [entry, qkv, out, up, down, key, value, *([query] if query else [])]
-    tokens, gathered, *weights = follow_autocast(tokens, gathered, *(weight for weight, _ in linears))
-    entry, qkv, out, up, down, key, value, *others = zip(weights, (bias for _, bias in linears), strict=True)
-    query, former = others[0] if others else None, (qkv, out, norm1, up, down, norm2)
+    if autocast_enabled(tokens.device.type):
+        qkv, out, norm1, up, down, norm2 = former
+        # Vectors keep their dtype: they are added to sums in fp32.
+        linears = [entry, qkv, out, up, down, key, value, *([query] if query else [])]
+        tokens, gathered, *weights = follow_autocast(tokens, gathered, *(weight for weight, _ in linears))
+        entry, qkv, out, up, down, key, value, *others = zip(weights, (bias for _, bias in linears), strict=True)
+        query, former = others[0] if others else None, (qkv, out, norm1, up, down, norm2)
     arguments = tokens, gathered, entry, norm0, former, key, value, query
     backend = resolve("text_path", backend, *arguments, heads, eps)
     if backend == "reference":

@@ -743,16 +743,14 @@ def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dt
         return found, tuple(launched)
 
     settings = eps, list(batch), stride, residual
-    (out, *saved), seen = watched(
-        OP._inverted_bottleneck._init_fn, x, *weights, *parts, *settings, True, low, "", "cuda"
-    )
+    (out, *saved), seen = watched(OP._inverted_bottleneck.body, x, *weights, *parts, *settings, True, low, "", "cuda")
     assert seen == plan["fwd"]
     kept = [part for norm in norms for part in (*norm[:2], None, None)]
-    backward = OP._inverted_bottleneck_backward._init_fn
+    backward = OP._inverted_bottleneck_backward.body
     _, seen = watched(backward, torch.randn_like(out), x, *weights, *saved, *kept, *settings, "", "cuda")
     assert seen == plan["bwd"]
     frozen = eps, [False] * 3, stride, residual
-    _, seen = watched(OP._inverted_bottleneck._init_fn, x, *weights, *parts, *frozen, False, low, "", "cuda")
+    _, seen = watched(OP._inverted_bottleneck.body, x, *weights, *parts, *frozen, False, low, "", "cuda")
     assert seen == plan["infer"]
     assert len(plan["infer"]) == 3
     if programs > 1:
