@@ -22,7 +22,7 @@ from bench.common import FUSED
 from bench.layer import CASES
 
 OUT = report.ROOT / "bench" / "results" / "scatter.json"
-SHAPE = Shape(1, 256, 16, 19)
+SHAPES = (Shape(1, 256, 16, 19), Shape(1, 256, 64, 19))
 ALLOWED = 1.1
 
 
@@ -47,13 +47,13 @@ def errors(truth: Truth) -> dict[str, dict[str, float]]:
     return found
 
 
-def rows_of(case: Case, draws: int) -> list[dict]:
+def rows_of(case: Case, shape: Shape, draws: int) -> list[dict]:
     """A row for each group."""
-    found = [errors(Truth(case, SHAPE, torch.bfloat16, "cpu", draw=draw)) for draw in range(draws)]
+    found = [errors(Truth(case, shape, torch.bfloat16, "cpu", draw=draw)) for draw in range(draws)]
     return [
         {
             "case": case.name,
-            "shape": str(SHAPE),
+            "shape": str(shape),
             "of": group,
             "errors": {way: [draw[way][group] for draw in found] for way in found[0]},
         }
@@ -70,9 +70,9 @@ def broken(errors: dict[str, Sequence[float]], way: str) -> int:
 def table(rows: Sequence[dict]) -> list[str]:
     """Of each way the root mean square of its errors, the least and the most, and how often it broke the rule."""
     ways = list(rows[0]["errors"])
-    lines = [f"| case | of | {' | '.join(ways)} |", "|" + "---|" * (2 + len(ways))]
+    lines = [f"| case | B,C,H,K | of | {' | '.join(ways)} |", "|" + "---|" * (3 + len(ways))]
     for row in rows:
-        cells = [row["case"], row["of"]]
+        cells = [row["case"], row["shape"], row["of"]]
         for way, of in row["errors"].items():
             mean = (sum(error**2 for error in of) / len(of)) ** 0.5
             cells.append(f"{mean:.4f}, {min(of):.4f} to {max(of):.4f}, {broken(row['errors'], way)} of {len(of)}")
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = [row for case in CASES for row in rows_of(case, options.draws)]
+    rows = [row for case in CASES for shape in SHAPES for row in rows_of(case, shape, options.draws)]
     report.publish("scatter", arguments, rows, options.out)
     print("\n".join(table(rows)))
     return 0

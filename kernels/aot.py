@@ -45,6 +45,7 @@ OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former
 PARTS = {
     "inverted_bottleneck": ("inverted_bottleneck_fwd", "inverted_bottleneck_bwd"),
     "former": ("former_fwd", "former_bwd"),
+    "former2conv": ("former2conv_fwd", "former2conv_bwd"),
 }
 USES = {"inverted_bottleneck": ("batch_norm",)}
 NO_KERNELS = ("text_path", "aot", "__init__")  # launches former's
