@@ -292,7 +292,9 @@ def parse(cases: Sequence[Case], arguments: Sequence[str] | None) -> argparse.Na
     parser.add_argument("--compile", action="store_true", help="torch.compile and FlexAttention, at few shapes")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no shape after so many")
     parser.add_argument("--seconds-a-pass", type=float, help="default 1.5 on a CPU, 0.6 on CUDA, 0.3 with --quick")
-    parser.add_argument("--resume", action="store_true", help="keep the green rows of --out that are of these sources")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of --out that are of these sources; measure red ones again"
+    )
     parser.add_argument("--plots", type=Path, help="folder; default docs/performance, or that of --out")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -305,6 +307,10 @@ def parse(cases: Sequence[Case], arguments: Sequence[str] | None) -> argparse.Na
     options.out = options.out or folder / f"{cases[0].op}-{report.slug(options.device)}.json"
     options.plots = options.plots or (report.ROOT / "docs" / "performance" if published else options.out.parent)
     return options
+
+
+def _key(row: dict) -> tuple[str, str, str, str]:
+    return row["case"], row["shape"], row["dtype"], row["layout"]
 
 
 def main(cases: Sequence[Case], arguments: Sequence[str] | None = None) -> int:
@@ -322,7 +328,13 @@ def main(cases: Sequence[Case], arguments: Sequence[str] | None = None) -> int:
     dtypes = [DTYPES[name] for name in options.dtypes]
     command = shlex.join(["python", "-m", f"bench.{cases[0].op}", *(sys.argv[1:] if arguments is None else arguments)])
     earlier = report.kept(options.out, options.device) if options.resume else None
-    rows = earlier["rows"] if earlier else []
+    planned = {
+        (case.name, str(shape), dtype, layout)
+        for case, shape, dtype in plan(cases, options)
+        for layout in options.layouts
+    }
+    # A red row is measured again, or stays.
+    rows = [row for row in earlier["rows"] if not row["wrong"] or _key(row) not in planned] if earlier else []
     commands = earlier["command"].split(" && ") if earlier else []
     found = {
         "op": cases[0].op,
@@ -340,7 +352,7 @@ def main(cases: Sequence[Case], arguments: Sequence[str] | None = None) -> int:
     found["ceilings_before"] = ceilings.as_json()
     if earlier:
         ceilings.include(earlier["ceilings"])
-    done = {(row["case"], row["shape"], row["dtype"], row["layout"]) for row in rows}
+    done = set(map(_key, rows))
     stopped = False
     for case, shape, dtype in plan(cases, options):
         left = [layout for layout in options.layouts if (case.name, str(shape), dtype, layout) not in done]

@@ -105,11 +105,9 @@ def is_of(earlier: dict, device: str, sources: str) -> bool:
 
 
 def kept(out: Path, device: str) -> dict | None:
-    """An earlier file with its green rows, for a run that goes on; none if it is of another device or other sources."""
+    """An earlier file, for a run that goes on; none if it is of another device or other sources."""
     earlier = json.loads(out.read_text()) if out.exists() else None
-    if earlier is None or not is_of(earlier, device, source()):
-        return None
-    return {**earlier, "rows": [row for row in earlier["rows"] if not row["wrong"]]}
+    return earlier if earlier is not None and is_of(earlier, device, source()) else None
 
 
 def write(report: dict, out: Path) -> None:

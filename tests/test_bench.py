@@ -216,8 +216,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert code == 0 and [row["layout"] for row in found["rows"]] == ["NCHW", "channels_last"]
     assert found["rows"][0]["forward"] == first[0]["forward"] and found["command"].count("python -m") == 2
     assert report.kept(out, "cpu") == found
-    out.write_text(json.dumps({**found, "rows": [{**found["rows"][0], "wrong": ["out: off"]}, found["rows"][1]]}))
-    assert report.kept(out, "cpu")["rows"] == found["rows"][1:]
+    red = {**found["rows"][0], "wrong": ["out: off"]}
+    out.write_text(json.dumps({**found, "rows": [red, found["rows"][1]]}))
+    code, again = run("former2conv", out, "--resume", "--layouts", "channels_last")
+    assert code == 1 and again["rows"][0] == red and again["rows"][1]["forward"] == found["rows"][1]["forward"]
+    rows = run("former2conv", out, "--resume")[1]["rows"]
+    assert [row["layout"] for row in rows] == ["channels_last", "NCHW"] and not any(row["wrong"] for row in rows)
     for changed in ({"source": "other"}, {"device": "other"}):
         out.write_text(json.dumps({**found, **changed}))
         assert report.kept(out, "cpu") is None
