@@ -15,11 +15,9 @@ struct Ahead {
   const float* at;
   int64_t left, length, skip, done;
 
-  // Near: into the L1 cache.
-  template <bool NEAR = false>
   FUSEKERN_INLINE void fetch(Ahead& ahead) {
     if (ahead.left == 0) return;
-    NEAR ? prefetch_near(ahead.at) : prefetch(ahead.at);
+    prefetch(ahead.at);
     ahead.at += LINE, --ahead.left;
     if (++ahead.done == ahead.length) ahead.done = 0, ahead.at += ahead.skip;
   }

@@ -4,7 +4,6 @@
 // would depend on how many there are.
 #pragma once
 
-#include "ahead.h"
 #include "matrix_product.h"
 #include "simd.h"
 
@@ -16,6 +15,7 @@ namespace dots {
 constexpr int TALL = W == 16 ? 6 : W == 8 ? 4 : 2, WIDE = W == 8 ? 3 : 4;
 constexpr int64_t TERMS = 2048;       // at a time, and as many rows as leave these numbers in the cache
 constexpr int64_t NUMBERS = 1 << 17;
+constexpr int64_t NEAR = 8 * 1024;    // bytes of the next columns that the L1 cache holds beside what is multiplied
 
 // Terms in a vector: floats, or bf16 that become floats.
 template <class T>
@@ -38,10 +38,19 @@ struct Pairs {
 };
 #endif
 
-// c = some terms, or if there were others += them; each step fetches a few lines of what comes next.
+// What a tile fetches beside its work: `columns` of the columns that come next, while it is at terms `from` to `to`.
+template <class T>
+struct Share {
+  const T* at;
+  int64_t columns, from, to;
+  bool near;  // into the L1 cache
+};
+
+// c = some terms, or if there were others += them.
 template <class Terms, int M>
 static void tile(const typename Terms::Number* a, int64_t row, const typename Terms::Number* b, int64_t column,
-                 int64_t columns, int64_t terms, float* c, int64_t ldc, bool further, product::Ahead& ahead, int lines) {
+                 int64_t columns, int64_t terms, float* c, int64_t ldc, bool further,
+                 const Share<typename Terms::Number>& next) {
   constexpr int LINE = 64 / sizeof(typename Terms::Number);
   V sums[M][WIDE];
 #pragma GCC unroll 8
@@ -64,11 +73,17 @@ static void tile(const typename Terms::Number* a, int64_t row, const typename Te
     }
     i += Terms::COUNT;
   };
-  while (i + LINE <= terms) {
-    for (int line = 0; line < lines; ++line) product::Ahead::fetch<true>(ahead);
+  const auto line = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int part = 0; part < LINE / Terms::COUNT; ++part) add();
-  }
+  };
+  while (i < next.from) line();
+  for (; i < next.to; line())
+    for (int64_t n = 0; n < next.columns; ++n) {
+      const void* const p = next.at + n * column + i;
+      next.near ? prefetch_near(p) : prefetch(p);
+    }
+  while (i + LINE <= terms) line();
   while (i < terms) add(terms - i);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -92,21 +107,22 @@ FUSEKERN_INLINE void tile_of(int64_t rows, Rest&&... rest) {
 template <class Terms>
 static void block(const DotProduct& p, int64_t r0, int64_t rows, int64_t begin, int64_t terms) {
   typedef typename Terms::Number T;
+  constexpr int64_t LINE = 64 / sizeof(T);
   const T *const a = static_cast<const T*>(p.a) + r0 * p.a_row + begin, *const b = static_cast<const T*>(p.b) + begin;
-  const int64_t parts = (rows + TALL - 1) / TALL, length = (terms * sizeof(T) + 63) / 64;
-  const int lines = static_cast<int>((WIDE + parts - 1) / parts);
-  const int64_t skip = p.b_column * static_cast<int64_t>(sizeof(T)) / 4 - length * product::LINE;
-  for (int64_t j = 0; j < p.columns; j += WIDE) {
-    const int64_t after = p.columns - j - WIDE;
-    product::Ahead ahead{reinterpret_cast<const float*>(b + (j + WIDE) * p.b_column),
-                         (after < 0 ? 0 : after < WIDE ? after : WIDE) * length, length, skip, 0};
+  // A tile fetches some of the next columns, or a few tiles share one.
+  const int64_t parts = (rows + TALL - 1) / TALL, lines = terms / LINE;
+  const int64_t each = (WIDE + parts - 1) / parts, together = parts < WIDE ? 1 : parts / WIDE;
+  for (int64_t j = 0; j < p.columns; j += WIDE)
     for (int64_t part = 0, r = 0; part < parts; ++part) {
       const int64_t some = (rows - r + parts - part - 1) / (parts - part);
+      const int64_t n = part / together * each, turn = part % together, column = j + WIDE + n;
+      Share<T> next{b + column * p.b_column, each, 0, 0, WIDE * terms * static_cast<int64_t>(sizeof(T)) <= NEAR};
+      if (n < WIDE && column < p.columns)
+        next.from = lines * turn / together * LINE, next.to = lines * (turn + 1) / together * LINE;
       tile_of<Terms, TALL>(some, a + r * p.a_row, p.a_row, b + j * p.b_column, p.b_column, p.columns - j, terms,
-                           p.c + (r0 + r) * p.c_row + j, p.c_row, begin > 0, ahead, lines);
+                           p.c + (r0 + r) * p.c_row + j, p.c_row, begin > 0, next);
       r += some;
     }
-  }
 }
 
 // The blocks of terms are the same for any number of rows and columns, and so are the bits.
