@@ -1,6 +1,8 @@
-// former over the B K rows of the tokens, and text_path around it: in fp32, and the forward in bf16 too, whose sums,
-// norms and attention are in fp32.
+// former over the B K rows of the tokens, and text_path around it. In bf16 sums, norms and attention are in fp32, and the
+// products of the backward torch's.
 #include "former.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,13 +18,31 @@ namespace fusekern {
 namespace {
 
 float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-Matrix matrix_of(const Tensor& t, int64_t columns) { return {data_of(t), columns, 1}; }
+
+template <class T>
+MatrixOf<T> matrix_of(const Tensor& t, int64_t columns) {
+  return {static_cast<T*>(t.data_ptr()), columns, 1};
+}
+
+template <class T>
+constexpr bool IS_BF16 = sizeof(T) == 2;
+
+// Uninitialised memory for a matrix [rows][columns].
+template <class T>
+struct Room {
+  Room(int64_t rows, int64_t columns)
+      : scratch((rows * columns * static_cast<int64_t>(sizeof(T)) + 3) / 4),
+        matrix{reinterpret_cast<T*>(scratch.data), columns, 1} {}
+
+  const Scratch scratch;
+  const MatrixOf<T> matrix;
+};
 
 int64_t parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
 
-// The same in blocks of rows and columns.
-void multiply_in_parallel(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b,
-                          const Matrix& c, bool add) {
+// c [rows][columns] (+)= a [rows][terms] b [terms][columns], in blocks of rows and columns.
+void multiply_all(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b, const Matrix& c,
+                  bool add) {
   const int64_t across = parts(columns, PRODUCT_COLUMNS), down = parts(rows, PRODUCT_ROWS);
   in_parallel(across * down, 2 * rows * columns * terms / (across * down), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -31,6 +51,26 @@ void multiply_in_parallel(int64_t rows, int64_t columns, int64_t terms, const Ma
                add);
     }
   });
+}
+
+void multiply_all(int64_t rows, int64_t columns, int64_t terms, const MatrixOf<uint16_t>& a,
+                  const MatrixOf<uint16_t>& b, const MatrixOf<uint16_t>& c, bool add) {
+  const auto tensor = [](const MatrixOf<uint16_t>& m, int64_t rows, int64_t columns) {
+    const int64_t shape[] = {rows, columns}, strides[] = {m.row, m.column};
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(m.data, {shape, 2}, {strides, 2}, cpu, ScalarType::BFloat16);
+  };
+  const Tensor x = tensor(a, rows, terms), y = tensor(b, terms, columns), to = tensor(c, rows, columns);
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), x.get(), y.get(), 1., 1.)
+                             : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get()));
+}
+
+// A vector in fp32 becomes `to`, in fp32 or bf16.
+void give(const float* vector, const Tensor& to) {
+  LinearFinish rounded{};
+  rounded.rows = 1, rounded.columns = rounded.product_ld = rounded.ld = to.numel();
+  rounded.product = vector, rounded.out = to.data_ptr(), rounded.bf16 = is_bf16(to);
+  FUSEKERN_PICK(linear_finish)(rounded);
 }
 
 void norm(int64_t R, int64_t C, const Tensor& x, const Tensor& gain, const Tensor& shift, double eps, float* mean,
@@ -45,30 +85,35 @@ void norm(int64_t R, int64_t C, const Tensor& x, const Tensor& gain, const Tenso
   });
 }
 
-void norm_bwd(int64_t R, int64_t C, const float* grad, const Tensor& x, const float* mean, const float* rstd,
-              const Tensor& gain, float* dx, const Tensor& dgain, const Tensor& dshift) {
+template <class T>
+void norm_bwd(int64_t R, int64_t C, const T* grad, const Tensor& x, const float* mean, const float* rstd,
+              const Tensor& gain, T* dx, const Tensor& dgain, const Tensor& dshift) {
   constexpr int64_t RUN = 64;  // rows whose sums are one part of the whole sums
   const int64_t runs = parts(R, RUN);
-  const Scratch partial(runs * 2 * C);
+  const Floats weight(gain);
+  const Scratch partial(runs * 2 * C), sums(2 * C);
   std::fill(partial.data, partial.data + runs * 2 * C, 0.f);
-  in_parallel(runs, 32 * RUN * C, [&](int64_t begin, int64_t end) {
+  in_parallel(runs, 32 * RUN * C, [&, x = matrix_of<T>(x, C)](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
       const int64_t r = run * RUN;
-      float* const sums = partial.data + run * 2 * C;
+      float* const of_run = partial.data + run * 2 * C;
       FUSEKERN_PICK(former_norm_bwd)
-      ({std::min(RUN, R - r), C, grad + r * C, data_of(x) + r * C, mean + r, rstd + r, data_of(gain), dx + r * C, sums,
-        sums + C});
+      ({std::min(RUN, R - r), C, grad + r * C, x.data + r * C, mean + r, rstd + r, weight.data, dx + r * C, of_run,
+        of_run + C, IS_BF16<T>});
     }
   });
-  FUSEKERN_PICK(former_sum)(partial.data, runs, C, 2 * C, data_of(dgain));
-  FUSEKERN_PICK(former_sum)(partial.data + C, runs, C, 2 * C, data_of(dshift));
+  FUSEKERN_PICK(former_sum)(partial.data, runs, 2 * C, 2 * C, sums.data, false);
+  give(sums.data, dgain), give(sums.data + C, dshift);
 }
 
-void sum(const float* x, int64_t R, int64_t columns, const Tensor& sums) {
+template <class T>
+void sum(const MatrixOf<T>& x, int64_t R, int64_t columns, const Tensor& to) {
+  const Scratch sums(columns);
   in_parallel(parts(columns, PRODUCT_COLUMNS), R * PRODUCT_COLUMNS, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * PRODUCT_COLUMNS, last = std::min(end * PRODUCT_COLUMNS, columns);
-    FUSEKERN_PICK(former_sum)(x + first, R, last - first, columns, data_of(sums) + first);
+    FUSEKERN_PICK(former_sum)(x.data + first, R, last - first, x.row, sums.data + first, IS_BF16<T>);
   });
+  give(sums.data, to);
 }
 
 struct Sizes {
@@ -107,7 +152,10 @@ struct Rows {
     if (!one) this->tokens = torch::stable::contiguous(tokens), row = C;
   }
   void* data() const { return tokens.data_ptr(); }
-  Matrix matrix() const { return {data_of(tokens), row, 1}; }  // of fp32
+  template <class T>
+  MatrixOf<T> matrix() const {
+    return {static_cast<T*>(data()), row, 1};
+  }
 
   Tensor tokens;
   int64_t row;
@@ -173,31 +221,66 @@ void linear(const Sizes& s, const Rows& x, const Tensor& weight, const Tensor& b
   linear(l);
 }
 
-// What a head's tokens gather from one another: mixed [K][d] of q, k and v [K][d].
-void attend(const Sizes& s, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& scores, float* lse,
-            const Matrix& mixed) {
-  multiply(s.K, s.K, s.d, q, turned(k), scores, false);
-  FUSEKERN_PICK(former_softmax)(scores.data, s.K, s.K, s.scale(), lse);
-  multiply(s.K, s.d, s.K, scores, v, mixed, false);
-}
+// A head's part of some rows, [K][d] in fp32: where it lies, or memory of its own that is read and written for it.
+template <class T>
+struct Head {
+  Head(const Sizes& s, const MatrixOf<T>& rows, int64_t row, int64_t column)
+      : K(s.K), d(s.d), place(at(rows, row, column)), memory(IS_BF16<T> ? K * d : 0) {
+    if constexpr (IS_BF16<T>)
+      matrix = {memory.data, d, 1};
+    else
+      matrix = place;
+  }
+  const Matrix& read() const {
+    if constexpr (IS_BF16<T>) FUSEKERN_PICK(widen_matrix)(place.data, K, d, place.row, memory.data, d);
+    return matrix;
+  }
+  void write() const {
+    if constexpr (IS_BF16<T>) {
+      LinearFinish rounded{};
+      rounded.rows = K, rounded.columns = rounded.product_ld = d, rounded.product = memory.data;
+      rounded.out = place.data, rounded.ld = place.row, rounded.bf16 = true;
+      FUSEKERN_PICK(linear_finish)(rounded);
+    }
+  }
 
+  const int64_t K, d;
+  const MatrixOf<T> place;
+  const Scratch memory;
+  Matrix matrix;
+};
+
+// What a head's tokens gather from one another.
+template <class T>
 void attend(const Sizes& s, const Tensor& qkv, const Tensor& mixed, const Tensor& lse) {
   for_each_head(s, [&, lse = data_of(lse)](int64_t item, int64_t r, int64_t c, const Matrix& scores, const Matrix&) {
+    const int64_t K = s.K, C = s.C;
+    const MatrixOf<T> rows = matrix_of<T>(qkv, 3 * C);
+    const Head<T> q(s, rows, r, c), k(s, rows, r, C + c), v(s, rows, r, 2 * C + c), to(s, matrix_of<T>(mixed, C), r, c);
+    multiply(K, K, s.d, q.read(), turned(k.read()), scores, false);
+    FUSEKERN_PICK(former_softmax)(scores.data, K, K, s.scale(), lse + item * K);
+    multiply(K, s.d, K, scores, v.read(), to.matrix, false);
+    to.write();
+  });
+}
+
+template <class T>
+void attend_bwd(const Sizes& s, const Tensor& qkv, const MatrixOf<T>& dmixed, const MatrixOf<T>& dqkv) {
+  const Scratch sums(s.B * s.heads * s.K);
+  for_each_head(s, [&](int64_t item, int64_t r, int64_t c, const Matrix& p, const Matrix& dp) {
     const int64_t K = s.K, C = s.C, d = s.d;
-    if (!s.bf16) {
-      const Matrix q = at(matrix_of(qkv, 3 * C), r, c);
-      return attend(s, q, at(q, 0, C), at(q, 0, 2 * C), scores, lse + item * K, at(matrix_of(mixed, C), r, c));
-    }
-    const Scratch memory(4 * K * d);
-    const auto part = [&](int64_t i) { return Matrix{memory.data + i * K * d, d, 1}; };
-    for (int64_t i = 0; i < 3; ++i)
-      FUSEKERN_PICK(widen_matrix)
-      (static_cast<uint16_t*>(qkv.data_ptr()) + r * 3 * C + i * C + c, K, d, 3 * C, part(i).data, d);
-    attend(s, part(0), part(1), part(2), scores, lse + item * K, part(3));
-    LinearFinish rounded{};
-    rounded.rows = K, rounded.columns = d, rounded.product = part(3).data, rounded.product_ld = d;
-    rounded.out = static_cast<uint16_t*>(mixed.data_ptr()) + r * C + c, rounded.ld = C, rounded.bf16 = true;
-    FUSEKERN_PICK(linear_finish)(rounded);
+    const MatrixOf<T> rows = matrix_of<T>(qkv, 3 * C);
+    const Head<T> q(s, rows, r, c), k(s, rows, r, C + c), v(s, rows, r, 2 * C + c), g(s, dmixed, r, c);
+    const Head<T> dq(s, dqkv, r, c), dk(s, dqkv, r, C + c), dv(s, dqkv, r, 2 * C + c);
+    multiply(K, K, d, q.read(), turned(k.read()), p, false);
+    // Once more as a whole: probabilities by lse would not add up to 1, by which all that V have in common would count.
+    FUSEKERN_PICK(former_softmax)(p.data, K, K, s.scale(), sums.data + item * K);
+    multiply(K, d, K, turned(p), g.read(), dv.matrix, false);
+    multiply(K, K, d, g.matrix, turned(v.read()), dp, false);
+    FUSEKERN_PICK(former_softmax_bwd)(p.data, K, K, s.scale(), dp.data);
+    multiply(K, d, K, dp, k.matrix, dq.matrix, false);
+    multiply(K, d, K, turned(dp), q.matrix, dk.matrix, false);
+    dq.write(), dk.write(), dv.write();
   });
 }
 
@@ -213,7 +296,7 @@ void forward(const Sizes& s, const Rows& image, const Parameters& p, double eps,
   check_saved(s, saved), check_dense("out", out, {s.B, s.K, C}, s.dtype());
 
   linear(s, image, p.qkv_weight, p.qkv_bias, qkv.data_ptr());
-  attend(s, qkv, mixed, lse);
+  (s.bf16 ? attend<uint16_t> : attend<float>)(s, qkv, mixed, lse);
   linear(s, mixed, p.out_weight, p.out_bias, sums1.data_ptr(), &image);
   const Tensor u = torch::stable::empty_like(sums1), activated = torch::stable::empty_like(hidden);
   const Rows normal(u);
@@ -229,59 +312,56 @@ struct Gradients {
 };
 
 // dimage [R][C]: the gradient of the image.
-void backward(const Sizes& s, const float* grad, const Matrix& image, const Weights& w, const Saved& saved,
-              float* moments, const Matrix& dimage, const Gradients& to) {
+template <class T>
+void backward(const Sizes& s, const T* grad, const MatrixOf<T>& image, const Weights& w, const Saved& saved,
+              float* moments, const MatrixOf<T>& dimage, const Gradients& to) {
   const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
-  const int64_t B = s.B, K = s.K, C = s.C, F = s.F, R = s.R, heads = s.heads;
+  const int64_t C = s.C, F = s.F, R = s.R;
+  const ScalarType dtype = s.dtype();
   check_weights(s, w), check_saved(s, saved);
-  check_dense("dqkv_weight", to.qkv_weight, {3 * C, C}), check_dense("dout_weight", to.out_weight, {C, C});
-  check_dense("dup_weight", to.up_weight, {F, C}), check_dense("ddown_weight", to.down_weight, {C, F});
+  check_dense("dqkv_weight", to.qkv_weight, {3 * C, C}, dtype), check_dense("dout_weight", to.out_weight, {C, C}, dtype);
+  check_dense("dup_weight", to.up_weight, {F, C}, dtype), check_dense("ddown_weight", to.down_weight, {C, F}, dtype);
   for (const auto& [name, vector] :
        {std::pair{"dout_bias", &to.out_bias}, {"dgain1", &to.gain1}, {"dshift1", &to.shift1},
         {"ddown_bias", &to.down_bias}, {"dgain2", &to.gain2}, {"dshift2", &to.shift2}})
-    check_dense(name, *vector, {C});
-  check_dense("dqkv_bias", to.qkv_bias, {3 * C}), check_dense("dup_bias", to.up_bias, {F});
+    check_vector(s, name, *vector, C);
+  check_vector(s, "dqkv_bias", to.qkv_bias, 3 * C), check_vector(s, "dup_bias", to.up_bias, F);
 
-  const Scratch sums(B * heads * K);
   // d: the gradient of sums2, then of the first norm's result, then of mixed; in dimage that of sums1.
-  const Scratch memory(R * C), other(R * C), wide(R * F), wider(R * F), attended(R * 3 * C);
-  const Matrix d{memory.data, C, 1}, u{other.data, C, 1}, dhidden{wide.data, F, 1}, act{wider.data, F, 1};
-  const Matrix dqkv{attended.data, 3 * C, 1};
+  const Room<T> memory(R, C), other(R, C), wide(R, F), wider(R, F), attended(R, 3 * C);
+  const MatrixOf<T>&d = memory.matrix, &u = other.matrix, &dhidden = wide.matrix, &act = wider.matrix;
+  const MatrixOf<T>& dqkv = attended.matrix;
+  const T* const x = static_cast<const T*>(hidden.data_ptr());
 
   norm_bwd(R, C, grad, sums2, moments + 2 * R, moments + 3 * R, w.gain2, d.data, to.gain2, to.shift2);
-  sum(d.data, R, C, to.down_bias);
-  in_parallel(R, 40 * F, [&, hidden = data_of(hidden)](int64_t begin, int64_t end) {
-    FUSEKERN_PICK(former_gelu)(hidden + begin * F, (end - begin) * F, act.data + begin * F);
+  sum(d, R, C, to.down_bias);
+  in_parallel(R, 40 * F, [&](int64_t begin, int64_t end) {
+    FUSEKERN_PICK(former_gelu)(x + begin * F, (end - begin) * F, act.data + begin * F, s.bf16);
   });
-  multiply_in_parallel(C, F, R, turned(d), act, matrix_of(to.down_weight, F), false);
-  multiply_in_parallel(R, F, C, d, matrix_of(w.down_weight, F), dhidden, false);
-  in_parallel(R, 40 * F, [&, hidden = data_of(hidden)](int64_t begin, int64_t end) {
-    FUSEKERN_PICK(former_gelu_bwd)(hidden + begin * F, (end - begin) * F, dhidden.data + begin * F);
+  multiply_all(C, F, R, turned(d), act, matrix_of<T>(to.down_weight, F), false);
+  multiply_all(R, F, C, d, matrix_of<T>(w.down_weight, F), dhidden, false);
+  in_parallel(R, 40 * F, [&](int64_t begin, int64_t end) {
+    FUSEKERN_PICK(former_gelu_bwd)(x + begin * F, (end - begin) * F, dhidden.data + begin * F, s.bf16);
   });
-  sum(dhidden.data, R, F, to.up_bias);
+  sum(dhidden, R, F, to.up_bias);
   norm(R, C, sums1, w.gain1, w.shift1, 0, moments, moments + R, true, u.data);
-  multiply_in_parallel(F, C, R, turned(dhidden), u, matrix_of(to.up_weight, C), false);
-  multiply_in_parallel(R, C, F, dhidden, matrix_of(w.up_weight, C), d, true);
+  multiply_all(F, C, R, turned(dhidden), u, matrix_of<T>(to.up_weight, C), false);
+  multiply_all(R, C, F, dhidden, matrix_of<T>(w.up_weight, C), d, true);
 
   norm_bwd(R, C, d.data, sums1, moments, moments + R, w.gain1, dimage.data, to.gain1, to.shift1);
-  sum(dimage.data, R, C, to.out_bias);
-  multiply_in_parallel(C, C, R, turned(dimage), matrix_of(mixed, C), matrix_of(to.out_weight, C), false);
-  multiply_in_parallel(R, C, C, dimage, matrix_of(w.out_weight, C), d, false);
-  for_each_head(s, [&, qkv = data_of(qkv)](int64_t item, int64_t r, int64_t c, const Matrix& p, const Matrix& dp) {
-    const Matrix q = at({qkv, 3 * C, 1}, r, c), k = at(q, 0, C), v = at(q, 0, 2 * C);
-    const Matrix dq = at(dqkv, r, c), dk = at(dq, 0, C), dv = at(dq, 0, 2 * C), dmixed = at(d, r, c);
-    multiply(K, K, s.d, q, turned(k), p, false);
-    // Once more as a whole: probabilities by lse would not add up to 1, by which all that V have in common would count.
-    FUSEKERN_PICK(former_softmax)(p.data, K, K, s.scale(), sums.data + item * K);
-    multiply(K, s.d, K, turned(p), dmixed, dv, false);
-    multiply(K, K, s.d, dmixed, turned(v), dp, false);
-    FUSEKERN_PICK(former_softmax_bwd)(p.data, K, K, s.scale(), dp.data);
-    multiply(K, s.d, K, dp, k, dq, false);
-    multiply(K, s.d, K, turned(dp), q, dk, false);
-  });
-  sum(dqkv.data, R, 3 * C, to.qkv_bias);
-  multiply_in_parallel(3 * C, C, R, turned(dqkv), image, matrix_of(to.qkv_weight, C), false);
-  multiply_in_parallel(R, C, 3 * C, dqkv, matrix_of(w.qkv_weight, C), dimage, true);
+  sum(dimage, R, C, to.out_bias);
+  multiply_all(C, C, R, turned(dimage), matrix_of<T>(mixed, C), matrix_of<T>(to.out_weight, C), false);
+  multiply_all(R, C, C, dimage, matrix_of<T>(w.out_weight, C), d, false);
+  attend_bwd(s, qkv, d, dqkv);
+  sum(dqkv, R, 3 * C, to.qkv_bias);
+  multiply_all(3 * C, C, R, turned(dqkv), image, matrix_of<T>(to.qkv_weight, C), false);
+  multiply_all(R, C, 3 * C, dqkv, matrix_of<T>(w.qkv_weight, C), dimage, true);
+}
+
+// run(a number of the dtype)
+template <class F>
+void of_dtype(const Sizes& s, const F& run) {
+  s.bf16 ? run(uint16_t()) : run(0.f);
 }
 
 void former_fwd(const Tensor& tokens,  // [B, K, C]
@@ -310,14 +390,18 @@ void former_bwd(const Tensor& grad,    // [B, K, C]
                 Tensor ddown_weight, Tensor ddown_bias, Tensor dgain2, Tensor dshift2) {
   const Sizes s = sizes_of(tokens, hidden, heads);
   for (const auto& [name, of] : {std::pair{"tokens", &tokens}, {"grad", &grad}})
-    check(name, *of, {s.B, s.K, s.C}, ScalarType::Float);
-  check_dense("dtokens", dtokens, {s.B, s.K, s.C}), check_dense("moments", moments, {4, s.R});
+    check(name, *of, {s.B, s.K, s.C}, s.dtype());
+  check_dense("dtokens", dtokens, {s.B, s.K, s.C}, s.dtype()), check_dense("moments", moments, {4, s.R});
   const Tensor dense = torch::stable::contiguous(grad);
-  backward(s, data_of(dense), Rows(tokens).matrix(),
-           {qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2},
-           {qkv, mixed, lse, sums1, hidden, sums2}, data_of(moments), matrix_of(dtokens, s.C),
-           {dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, dup_weight, dup_bias, ddown_weight,
-            ddown_bias, dgain2, dshift2});
+  const Rows rows(tokens);
+  of_dtype(s, [&](auto number) {
+    typedef decltype(number) T;
+    backward<T>(s, static_cast<T*>(dense.data_ptr()), rows.matrix<T>(),
+                {qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2},
+                {qkv, mixed, lse, sums1, hidden, sums2}, data_of(moments), matrix_of<T>(dtokens, s.C),
+                {dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, dup_weight, dup_bias, ddown_weight,
+                 ddown_bias, dgain2, dshift2});
+  });
 }
 
 // A linear layer of the result, [B, K, C]; in the backward `image` is its gradient.
@@ -383,16 +467,17 @@ void text_path_bwd(const Tensor& grad, const Tensor& dkey, const Tensor& dvalue,
                    Tensor dvalue_bias, std::optional<Tensor> dquery_weight, std::optional<Tensor> dquery_bias) {
   const Sizes s = sizes_of(grad, hidden, heads);
   const int64_t C = s.C, R = s.R;
+  const ScalarType dtype = s.dtype();
   for (const auto& [name, of] : {std::pair{"grad", &grad}, {"gathered", &gathered}})
-    check(name, *of, {s.B, s.K, C}, ScalarType::Float);
+    check(name, *of, {s.B, s.K, C}, dtype);
   for (const auto& [name, of] :
        {std::pair{"out", &out}, {"sums0", &sums0}, {"dtokens", &dtokens}, {"dgathered", &dgathered}})
-    check_dense(name, *of, {s.B, s.K, C});
+    check_dense(name, *of, {s.B, s.K, C}, dtype);
   for (const auto& [name, of] : {std::pair{"entry_weight", &entry_weight}, {"dentry_weight", &dentry_weight}})
-    check_dense(name, *of, {C, C});
+    check_dense(name, *of, {C, C}, dtype);
   for (const auto& [name, vector] : {std::pair{"gain0", &gain0}, {"shift0", &shift0}, {"dentry_bias", &dentry_bias},
                                      {"dgain0", &dgain0}, {"dshift0", &dshift0}})
-    check_dense(name, *vector, {C});
+    check_vector(s, name, *vector, C);
   check_dense("moments", moments, {6, R});
   const Tensor dk = torch::stable::contiguous(dkey), dv = torch::stable::contiguous(dvalue);
   const Tensor dq = dquery ? torch::stable::contiguous(*dquery) : dk;
@@ -402,28 +487,32 @@ void text_path_bwd(const Tensor& grad, const Tensor& dkey, const Tensor& dvalue,
   const Tensor dense = torch::stable::contiguous(grad);
   const Rows from(gathered);
   float* const m = data_of(moments);
-  // g: the gradient of the result, then of the first norm's.
-  const Scratch memory(R * C), other(R * C), normal(R * C);
-  const Matrix g{memory.data, C, 1}, dimage{other.data, C, 1}, first{normal.data, C, 1}, dsums0 = matrix_of(dtokens, C);
-  std::copy_n(data_of(dense), R * C, g.data);
-  for (size_t i = 0; i < exits.size(); ++i) {
-    const Exit& to = exits[i];
-    const Tensor& weight = i == 0 ? key_weight : i == 1 ? value_weight : *query_weight;
-    check_dense(to.name, weight, {C, C});
-    const Matrix d = matrix_of(to.image, C);
-    multiply_in_parallel(R, C, C, d, matrix_of(weight, C), g, true);
-    multiply_in_parallel(C, C, R, turned(d), matrix_of(out, C), matrix_of(to.weight, C), false);
-    sum(d.data, R, C, to.bias);
-  }
-  norm(R, C, sums0, gain0, shift0, 0, m, m + R, true, first.data);
-  backward(s, g.data, first, {qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2},
-           {qkv, mixed, lse, sums1, hidden, sums2}, m + 2 * R, dimage,
-           {dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, dup_weight, dup_bias, ddown_weight,
-            ddown_bias, dgain2, dshift2});
-  norm_bwd(R, C, dimage.data, sums0, m, m + R, gain0, dsums0.data, dgain0, dshift0);
-  sum(dsums0.data, R, C, dentry_bias);
-  multiply_in_parallel(C, C, R, turned(dsums0), from.matrix(), matrix_of(dentry_weight, C), false);
-  multiply_in_parallel(R, C, C, dsums0, matrix_of(entry_weight, C), matrix_of(dgathered, C), false);
+  of_dtype(s, [&](auto number) {
+    typedef decltype(number) T;
+    // g: the gradient of the result, then of the first norm's.
+    const Room<T> memory(R, C), other(R, C), normal(R, C);
+    const MatrixOf<T>&g = memory.matrix, &dimage = other.matrix, &first = normal.matrix;
+    const MatrixOf<T> dsums0 = matrix_of<T>(dtokens, C);
+    std::copy_n(static_cast<const T*>(dense.data_ptr()), R * C, g.data);
+    for (size_t i = 0; i < exits.size(); ++i) {
+      const Exit& to = exits[i];
+      const Tensor& weight = i == 0 ? key_weight : i == 1 ? value_weight : *query_weight;
+      check_dense(to.name, weight, {C, C}, dtype);
+      const MatrixOf<T> d = matrix_of<T>(to.image, C);
+      multiply_all(R, C, C, d, matrix_of<T>(weight, C), g, true);
+      multiply_all(C, C, R, turned(d), matrix_of<T>(out, C), matrix_of<T>(to.weight, C), false);
+      sum(d, R, C, to.bias);
+    }
+    norm(R, C, sums0, gain0, shift0, 0, m, m + R, true, first.data);
+    backward<T>(s, g.data, first, {qkv_weight, out_weight, gain1, shift1, up_weight, down_weight, gain2},
+                {qkv, mixed, lse, sums1, hidden, sums2}, m + 2 * R, dimage,
+                {dqkv_weight, dqkv_bias, dout_weight, dout_bias, dgain1, dshift1, dup_weight, dup_bias, ddown_weight,
+                 ddown_bias, dgain2, dshift2});
+    norm_bwd(R, C, dimage.data, sums0, m, m + R, gain0, dsums0.data, dgain0, dshift0);
+    sum(dsums0, R, C, dentry_bias);
+    multiply_all(C, C, R, turned(dsums0), from.matrix<T>(), matrix_of<T>(dentry_weight, C), false);
+    multiply_all(R, C, C, dsums0, matrix_of<T>(entry_weight, C), matrix_of<T>(dgathered, C), false);
+  });
 }
 
 }  // namespace

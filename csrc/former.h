@@ -21,22 +21,24 @@ struct FormerNorm {
 
 struct FormerNormBackward {
   int64_t rows, C;
-  const float *grad, *x, *mean, *rstd, *gain;
-  float* dx;              // [rows][C]
+  const void *grad, *x;
+  const float *mean, *rstd, *gain;
+  void* dx;               // [rows][C]
   float *dgain, *dshift;  // [C], added to
+  bool bf16;
 };
 
 FUSEKERN_BODY(
     void former_norm(const FormerNorm& norm);
     void former_norm_bwd(const FormerNormBackward& norm);
-    void former_gelu(const float* x, int64_t count, float* out);
+    void former_gelu(const void* x, int64_t count, void* out, bool bf16);
     // d *= gelu'(x)
-    void former_gelu_bwd(const float* x, int64_t count, float* d);
+    void former_gelu_bwd(const void* x, int64_t count, void* d, bool bf16);
     // Rows of scores become softmax(scale scores); lse: the logarithms of their sums.
     void former_softmax(float* scores, int64_t rows, int64_t columns, float scale, float* lse);
     // d becomes the gradient of the scores, from that of their softmax p.
     void former_softmax_bwd(const float* p, int64_t rows, int64_t columns, float scale, float* d);
     // sums [columns] of x [rows][columns]
-    void former_sum(const float* x, int64_t rows, int64_t columns, int64_t ld, float* sums);)
+    void former_sum(const void* x, int64_t rows, int64_t columns, int64_t ld, float* sums, bool bf16);)
 
 }  // namespace fusekern

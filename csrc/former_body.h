@@ -31,15 +31,11 @@ static void norm(const FormerNorm& n) {
   }
 }
 
-}  // namespace text
-
-void former_norm(const FormerNorm& n) { n.bf16 ? text::norm<bf16>(n) : text::norm<float>(n); }
-
-void former_norm_bwd(const FormerNormBackward& n) {
-  using namespace text;
+template <class T>
+static void norm_bwd(const FormerNormBackward& n) {
   const float share = 1.f / static_cast<float>(n.C);
   for (int64_t r = 0; r < n.rows; ++r) {
-    const float *const grad = n.grad + r * n.C, *const x = n.x + r * n.C;
+    const T *const grad = static_cast<const T*>(n.grad) + r * n.C, *const x = static_cast<const T*>(n.x) + r * n.C;
     const V mean = set1(n.mean[r]), rstd = set1(n.rstd[r]);
     V total = zero(), product = zero();
     each(n.C, [&](int64_t c, Lanes lanes) {
@@ -53,19 +49,56 @@ void former_norm_bwd(const FormerNormBackward& n) {
     each(n.C, [&](int64_t c, Lanes lanes) {
       const V normal = (load(x + c, lanes) - mean) * rstd;
       const V scaled = load(grad + c, lanes) * load(n.gain + c, lanes);
-      store(n.dx + r * n.C + c, rstd * (scaled - first_part - normal * second), lanes);
+      store(static_cast<T*>(n.dx) + r * n.C + c, rstd * (scaled - first_part - normal * second), lanes);
     });
   }
 }
 
-void former_gelu(const float* x, int64_t count, float* out) {
-  using namespace text;
-  each(count, [&](int64_t i, Lanes lanes) { store(out + i, gelu(load(x + i, lanes)), lanes); });
+template <class T>
+static void sum_rows(const T* x, int64_t rows, int64_t columns, int64_t ld, float* sums) {
+  each(columns, [&](int64_t c, Lanes lanes) {
+    // Runs, then their sums: one run of all rows would round a sum of hundreds as often.
+    V total = zero();
+    for (int64_t r = 0; r < rows;) {
+      V run = zero();
+      for (const int64_t end = r + 32 < rows ? r + 32 : rows; r < end; ++r) run = run + load(x + r * ld + c, lanes);
+      total = total + run;
+    }
+    store(sums + c, total, lanes);
+  });
 }
 
-void former_gelu_bwd(const float* x, int64_t count, float* d) {
+// f of matrices of fp32 or bf16
+template <class F>
+FUSEKERN_INLINE void of_type(bool is_bf16, const F& f) {
+  is_bf16 ? f(bf16()) : f(float());
+}
+
+}  // namespace text
+
+void former_norm(const FormerNorm& n) { n.bf16 ? text::norm<bf16>(n) : text::norm<float>(n); }
+
+void former_norm_bwd(const FormerNormBackward& n) { n.bf16 ? text::norm_bwd<bf16>(n) : text::norm_bwd<float>(n); }
+
+void former_gelu(const void* x, int64_t count, void* out, bool is_bf16) {
   using namespace text;
-  each(count, [&](int64_t i, Lanes lanes) { store(d + i, load(d + i, lanes) * gelu_slope(load(x + i, lanes)), lanes); });
+  of_type(is_bf16, [&](auto type) {
+    typedef decltype(type) T;
+    each(count, [&](int64_t i, Lanes lanes) {
+      store(static_cast<T*>(out) + i, gelu(load(static_cast<const T*>(x) + i, lanes)), lanes);
+    });
+  });
+}
+
+void former_gelu_bwd(const void* x, int64_t count, void* d, bool is_bf16) {
+  using namespace text;
+  of_type(is_bf16, [&](auto type) {
+    typedef decltype(type) T;
+    each(count, [&](int64_t i, Lanes lanes) {
+      T* const to = static_cast<T*>(d) + i;
+      store(to, load(to, lanes) * gelu_slope(load(static_cast<const T*>(x) + i, lanes)), lanes);
+    });
+  });
 }
 
 void former_softmax(float* scores, int64_t rows, int64_t columns, float scale, float* lse) {
@@ -105,18 +138,10 @@ void former_softmax_bwd(const float* p, int64_t rows, int64_t columns, float sca
   }
 }
 
-void former_sum(const float* x, int64_t rows, int64_t columns, int64_t ld, float* sums) {
+void former_sum(const void* x, int64_t rows, int64_t columns, int64_t ld, float* sums, bool is_bf16) {
   using namespace text;
-  each(columns, [&](int64_t c, Lanes lanes) {
-    // Runs, then their sums: one run of all rows would round a sum of hundreds as often.
-    V total = zero();
-    for (int64_t r = 0; r < rows;) {
-      V run = zero();
-      for (const int64_t end = r + 32 < rows ? r + 32 : rows; r < end; ++r) run = run + load(x + r * ld + c, lanes);
-      total = total + run;
-    }
-    store(sums + c, total, lanes);
-  });
+  is_bf16 ? sum_rows(static_cast<const bf16*>(x), rows, columns, ld, sums)
+          : sum_rows(static_cast<const float*>(x), rows, columns, ld, sums);
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

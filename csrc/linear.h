@@ -9,13 +9,21 @@ namespace fusekern {
 // Of a product at a time: an item of work, whose result stays in the cache.
 constexpr int64_t PRODUCT_COLUMNS = 256, PRODUCT_ROWS = 512;
 
-struct Matrix {
-  float* data;
+template <class T>  // float, or uint16_t for bf16
+struct MatrixOf {
+  T* data;
   int64_t row, column;  // strides
 };
 
-inline Matrix turned(const Matrix& m) { return {m.data, m.column, m.row}; }
-inline Matrix at(const Matrix& m, int64_t row, int64_t column) {
+typedef MatrixOf<float> Matrix;
+
+template <class T>
+MatrixOf<T> turned(const MatrixOf<T>& m) {
+  return {m.data, m.column, m.row};
+}
+
+template <class T>
+MatrixOf<T> at(const MatrixOf<T>& m, int64_t row, int64_t column) {
   return {m.data + row * m.row + column * m.column, m.row, m.column};
 }
 

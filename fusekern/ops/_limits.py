@@ -18,15 +18,13 @@ def cpp_dtypes(first: Tensor, *rest: object) -> list[str]:
 
 
 def cpp_linear(tokens: list[Tensor], parts: list[Tensor]) -> list[str]:
-    """Of C++ kernels whose products are all their own, on parameters where they lie; in bf16 they have no backward."""
+    """Of C++ kernels that take parameters where they lie."""
     dtype = tokens[0].dtype
     reasons = _dtypes(tokens[0], torch.float32, torch.bfloat16)
     if not reasons and any([part.dtype not in (dtype, torch.float32) for part in parts]):
         reasons.append("parameters that are not float32")
     if not all([part.is_contiguous() for part in parts]):
         reasons.append("parameters that are not contiguous")
-    if dtype == torch.bfloat16 and torch.is_grad_enabled() and any(t.requires_grad for t in (*tokens, *parts)):
-        reasons.append("bfloat16 with gradients, which it has in float32 alone")
     return reasons
 
 

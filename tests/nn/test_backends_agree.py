@@ -116,7 +116,7 @@ def test_training_adds_nothing_to_a_state_dict(kernels, device):
 @torch.no_grad()
 def test_the_other_backend_finds_the_same_labels(kernels, device, trained_by, tmp_path):
     with torch.enable_grad():
-        trained = train(segmenter(kernels if trained_by == "kernels" else "reference").to(device), 20, device)
+        trained = train(segmenter(kernels if trained_by == "kernels" else "reference").to(device), 40, device)
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
     image, label = pictures(8, 99, device)
 

@@ -48,22 +48,6 @@ def make(batch, count, channels, hidden, offset=0.0):
 def run_all(tokens, parts, grad, heads):
     """What the forward fills and all gradients, each between walls."""
     batch, count, channels = tokens.shape
-    hidden = parts[6].shape[0]
-    sizes = (channels, 3 * channels, channels, None, channels, hidden, channels)
-    saved = [empty((batch, heads, count) if size is None else (batch, count, size), torch.float32) for size in sizes]
-    saved.append(empty((4, batch * count), torch.float32))
-    kernels.former_fwd(tokens, *parts, heads, EPS, *saved)
-    gradients = [empty(tensor.shape, torch.float32) for tensor in (tokens, *parts)]
-    qkv, _, out, _, gain1, shift1, up, _, down, _, gain2, _ = parts
-    kernels.former_bwd(grad, tokens, qkv, out, gain1, shift1, up, down, gain2, *saved[1:], heads, *gradients)
-    for tensor in (*saved, *gradients):
-        assert walls_stand(tensor)
-    return saved, gradients
-
-
-def run_forward(tokens, parts, heads):
-    """The output alone, of either dtype, between walls."""
-    batch, count, channels = tokens.shape
     hidden, dtype = parts[6].shape[0], tokens.dtype
     sizes = (channels, 3 * channels, channels, None, channels, hidden, channels)
     saved = [
@@ -72,8 +56,12 @@ def run_forward(tokens, parts, heads):
     ]
     saved.append(empty((4, batch * count), torch.float32))
     kernels.former_fwd(tokens, *parts, heads, EPS, *saved)
-    assert all(map(walls_stand, saved))
-    return saved[0]
+    gradients = [empty(tensor.shape, tensor.dtype) for tensor in (tokens, *parts)]
+    qkv, _, out, _, gain1, shift1, up, _, down, _, gain2, _ = parts
+    kernels.former_bwd(grad, tokens, qkv, out, gain1, shift1, up, down, gain2, *saved[1:], heads, *gradients)
+    for tensor in (*saved, *gradients):
+        assert walls_stand(tensor)
+    return saved, gradients
 
 
 def run(*arguments):
@@ -103,38 +91,52 @@ def test_parity(shape):
     judge(*make(*sizes), heads)
 
 
+def in_bf16(tokens, parts, vectors=torch.bfloat16):
+    return tokens.bfloat16(), [part.to(torch.bfloat16 if part.dim() > 1 else vectors) for part in parts]
+
+
 @pytest.mark.parametrize("vectors", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 19, 256, 512, 4)], ids=str)
-def test_forward_in_bf16(shape, vectors):
-    """Vectors may be in fp32, as under autocast; there PyTorch rounds them."""
+@pytest.mark.parametrize("shape", [*SHAPES[1:], (2, 19, 256, 512, 4)], ids=str)
+def test_parity_in_bf16(shape, vectors):
+    """Over several draws at once, as of text_path below. Under autocast vectors are in fp32; PyTorch rounds them."""
     torch.manual_seed(0)
     *sizes, heads = shape
-    tokens, parts, _ = make(*sizes)
-    tokens, parts = tokens.bfloat16(), [part.to(torch.bfloat16 if part.dim() > 1 else vectors) for part in parts]
+    found, peers, truth = [], [], []
+    for _ in range(8):
+        tokens, parts, grad = make(*sizes)
+        tokens, parts = in_bf16(tokens, parts, vectors)
+        found.append(run(tokens, parts, grad.bfloat16(), heads))
+        peers.append(reference(tokens, parts, grad.bfloat16(), heads, torch.bfloat16))
+        truth.append(reference(tokens, parts, grad.bfloat16(), heads, torch.float64))
+    judge_draws(found, peers, truth, results=1)
 
-    def of_torch(dtype):
-        all_of = [part.to(dtype) for part in parts]
-        return former_reference(tokens.to(dtype), *zip(all_of[::2], all_of[1::2], strict=True), heads=heads, eps=EPS)
 
-    assert_parity(run_forward(tokens, parts, heads), [of_torch(torch.bfloat16)], of_torch(torch.float64))
+def judge_draws(found, peers, truth, results):
+    for i, (mine, other, right) in enumerate(
+        zip(*(zip(*draws, strict=True) for draws in (found, peers, truth)), strict=True)
+    ):
+        assert_parity(torch.stack(mine), [torch.stack(other)], torch.stack(right), gradient=i >= results)
 
 
 def test_strides_in_bf16():
     torch.manual_seed(0)
-    tokens, parts, _ = make(4, 9, 32, 24)
-    tokens, parts = tokens.bfloat16()[1:, 2:8], [part.bfloat16() for part in parts]
-    assert torch.equal(run_forward(tokens, parts, 4), run_forward(tokens.contiguous(), parts, 4))
+    tokens, parts, grad = make(4, 9, 32, 24)
+    tokens, parts = in_bf16(tokens, parts)
+    tokens, grad = tokens[1:, 2:8], grad.bfloat16()[1:, 2:8]
+    found, right = run(tokens, parts, grad, 4), run(tokens.contiguous(), parts, grad.contiguous(), 4)
+    assert all(map(torch.equal, found, right))
 
 
 def test_a_nan_of_bf16_stays_in_its_text():
     torch.manual_seed(0)
-    tokens, parts, _ = make(2, 9, 32, 24)
-    tokens, parts = tokens.bfloat16(), [part.bfloat16() for part in parts]
-    clean = run_forward(tokens, parts, 4)
+    tokens, parts, grad = make(2, 9, 32, 24)
+    (tokens, parts), grad = in_bf16(tokens, parts), grad.bfloat16()
+    clean = run(tokens, parts, grad, 4)
     tokens[1, 3, 5] = torch.nan
-    out = run_forward(tokens, parts, 4)
-    assert torch.equal(out[0], clean[0])
-    assert out[1].isnan().all()
+    out, dtokens, *rest = run(tokens, parts, grad, 4)
+    assert torch.equal(out[0], clean[0][0]) and torch.equal(dtokens[0], clean[1][0])
+    assert out[1].isnan().all() and dtokens[1].isnan().all()
+    assert rest[0].isnan().any()
 
 
 @pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
@@ -226,17 +228,13 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(RuntimeError, match="the dtype must be float32 or bfloat16"):
         run(tokens.double(), parts, grad, 2)
     with pytest.raises(RuntimeError, match="qkv_weight has another dtype"):
-        run_forward(tokens.bfloat16(), parts, 2)
+        run(tokens.bfloat16(), parts, grad.bfloat16(), 2)
     parts[0] = parts[0].bfloat16()
     with pytest.raises(RuntimeError, match="qkv_weight has another dtype"):
-        run_forward(tokens, parts, 2)
-    bf16 = [part.bfloat16() for part in (tokens, *parts)]
-    with pytest.raises(RuntimeError, match="tokens has another dtype"):
-        saved = [empty((1, 4, size), torch.bfloat16) for size in (24, 8)]
-        lse, rest = empty((1, 2, 4), torch.float32), [empty((1, 4, size), torch.bfloat16) for size in (8, 16, 8)]
-        moments, gradients = empty((4, 4), torch.float32), [empty(tensor.shape, torch.bfloat16) for tensor in bf16]
-        weights = [bf16[i] for i in (1, 3, 5, 6, 7, 9, 11)]
-        kernels.former_bwd(grad.bfloat16(), bf16[0], *weights, *saved, lse, *rest, moments, 2, *gradients)
+        run(tokens, parts, grad, 2)
+    low, parts = in_bf16(tokens, parts)
+    with pytest.raises(RuntimeError, match="grad has another dtype"):
+        run(low, parts, grad, 2)
 
 
 @pytest.mark.parametrize("isa", extension.build_info()["isas"])
@@ -247,13 +245,16 @@ def test_other_instruction_sets(isa):
 def run_path(tensors, grads, heads, query):
     """What text_path's forward fills and all its gradients, each between walls."""
     batch, count, channels = tensors[0].shape
-    hidden = tensors[12].shape[0]
+    hidden, dtype = tensors[12].shape[0], tensors[0].dtype
     none = [] if query else [None, None]
     sizes = (channels,) * 5 + (3 * channels, channels, None, channels, hidden, channels)
-    saved = [empty((batch, heads, count) if size is None else (batch, count, size), torch.float32) for size in sizes]
+    saved = [
+        empty((batch, heads, count), torch.float32) if size is None else empty((batch, count, size), dtype)
+        for size in sizes
+    ]
     saved.append(empty((6, batch * count), torch.float32))
     kernels.text_path_fwd(*tensors, *none, heads, EPS, *saved)
-    gradients = [empty(tensor.shape, torch.float32) for tensor in tensors]
+    gradients = [empty(tensor.shape, tensor.dtype) for tensor in tensors]
     weights = [tensors[i] for i in (1, 2, 4, 5, 6, 8, 10, 11, 12, 14, 16, 18, 20)] + [tensors[22] if query else None]
     grads = [*grads[:3], grads[3] if query else None]
     kernels.text_path_bwd(*grads, *weights, saved[0], *saved[4:], heads, *gradients, *none)
@@ -297,10 +298,7 @@ def test_text_path(shape, query):
         found.append(run_path(tensors, grads, shape[4], query))
         peers.append(reference_path(tensors, grads, shape[4], query, torch.float32))
         truth.append(reference_path(tensors, grads, shape[4], query, torch.float64))
-    for i, (mine, other, right) in enumerate(
-        zip(*(zip(*draws, strict=True) for draws in (found, peers, truth)), strict=True)
-    ):
-        assert_parity(torch.stack(mine), [torch.stack(other)], torch.stack(right), gradient=i > 3)
+    judge_draws(found, peers, truth, results=4 if query else 3)
 
 
 @pytest.mark.parametrize("query", [True, False], ids=["query", "last"])
@@ -318,23 +316,10 @@ def test_strides_of_a_text_path(query):
 def test_text_path_in_bf16(shape, query):
     torch.manual_seed(0)
     found, peers, truth = [], [], []
-    batch, count, channels, hidden, heads = shape
-    sizes = (channels,) * 5 + (3 * channels, channels, None, channels, hidden, channels)
     for _ in range(8):
-        tensors = [tensor.bfloat16() for tensor in make_path(shape, query)[0]]
-        saved = [
-            empty((batch, heads, count), torch.float32) if size is None else empty((batch, count, size), torch.bfloat16)
-            for size in sizes
-        ]
-        saved.append(empty((6, batch * count), torch.float32))
-        kernels.text_path_fwd(*tensors, *([] if query else [None, None]), heads, EPS, *saved)
-        assert all(map(walls_stand, saved))
-        found.append(torch.stack(saved[: 4 if query else 3]))
-        for results, dtype in ((peers, torch.bfloat16), (truth, torch.float64)):
-            entry, norm, *rest = zip(*(iter([tensor.to(dtype) for tensor in tensors[2:]]),) * 2, strict=True)
-            last = rest[6:] if query else (*rest[6:], None)
-            given = [tensor.to(dtype) for tensor in tensors[:2]]
-            outs = text_path_reference(*given, entry, norm, tuple(rest[:6]), *last, heads=heads, eps=EPS)
-            results.append(torch.stack([out for out in outs if out is not None]))
-    for mine, other, right in zip(*(torch.stack(draws).unbind(1) for draws in (found, peers, truth)), strict=True):
-        assert_parity(mine, [other], right)
+        tensors, grads = make_path(shape, query)
+        tensors, grads = ([tensor.bfloat16() for tensor in some] for some in (tensors, grads))
+        found.append(run_path(tensors, grads, shape[4], query))
+        peers.append(reference_path(tensors, grads, shape[4], query, torch.bfloat16))
+        truth.append(reference_path(tensors, grads, shape[4], query, torch.float64))
+    judge_draws(found, peers, truth, results=4 if query else 3)

@@ -5,8 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekern.backends import why_not
-from fusekern.errors import FusekernError
 from fusekern.ops import former
 
 
@@ -106,18 +104,3 @@ def test_autocast_decides_the_dtype():
     assert result.dtype == torch.bfloat16
     result.sum().backward()
     assert all(part.grad.dtype == torch.float32 for pair in parts for part in pair)
-
-
-def test_bf16_on_a_cpu_has_no_backward_in_cpp():
-    layer = torch_layer(32, 2, 64, torch.bfloat16)
-    tokens = torch.randn(2, 9, 32, dtype=torch.bfloat16)
-    if why_not("former", "cpp", tokens, *parts_of(layer.requires_grad_(False)), 2, 1e-5):
-        pytest.skip("the C++ module is not there")
-    expected = former(tokens, *parts_of(layer), heads=2, backend="reference")
-    torch.testing.assert_close(former(tokens, *parts_of(layer), heads=2, backend="cpp"), expected, rtol=0, atol=0.05)
-    parts = parts_of(layer.requires_grad_())
-    with torch.no_grad():
-        former(tokens, *parts, heads=2, backend="cpp")
-    with pytest.raises(FusekernError, match="bfloat16 with gradients, which it has in float32 alone"):
-        former(tokens, *parts, heads=2, backend="cpp")
-    assert former(tokens, *parts, heads=2).requires_grad
