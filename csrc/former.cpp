@@ -1,5 +1,5 @@
-// former over the B K rows of the tokens, and text_path around it. In bf16 sums, norms and attention are in fp32, and the
-// products of the backward torch's.
+// former over the B K rows of the tokens, and text_path around it. In bf16 sums, norms and softmax are in fp32, and but for
+// attention the products of the backward are torch's.
 #include "former.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -221,7 +221,8 @@ void linear(const Sizes& s, const Rows& x, const Tensor& weight, const Tensor& b
   linear(l);
 }
 
-// A head's part of some rows, [K][d] in fp32: where it lies, or memory of its own that is read and written for it.
+// A head's part of some rows, [K][d]. In fp32 it is worked with where it lies; in bf16 by pairs, or in memory of its own,
+// which is read and written for it.
 template <class T>
 struct Head {
   Head(const Sizes& s, const MatrixOf<T>& rows, int64_t row, int64_t column)
@@ -243,6 +244,8 @@ struct Head {
       FUSEKERN_PICK(linear_finish)(rounded);
     }
   }
+  bool pairs() const { return IS_BF16<T> && d % 2 == 0 && cpu_has_bf16(); }
+  Matrix pairs_of_columns() const { return {reinterpret_cast<float*>(place.data), place.row / 2, 1}; }
 
   const int64_t K, d;
   const MatrixOf<T> place;
@@ -250,17 +253,43 @@ struct Head {
   Matrix matrix;
 };
 
+// c [K][K] = a b^T
+template <class T>
+void compare(const Head<T>& a, const Head<T>& b, const Matrix& c) {
+  if (a.pairs())
+    multiply(a.K, a.K, a.d / 2, a.pairs_of_columns(), turned(b.pairs_of_columns()), c, false, true);
+  else
+    multiply(a.K, a.K, a.d, a.read(), turned(b.read()), c, false);
+}
+
+// to = p b, or p^T b, of p [K][K]; in pairs it is rounded, as PyTorch rounds it.
+template <class T>
+void gather(const Matrix& p, bool transposed, const Head<T>& b, const Head<T>& to) {
+  const int64_t K = b.K, d = b.d, terms = b.pairs() ? (K + 1) / 2 : K;
+  if (b.pairs()) {
+    const Scratch left(terms * K), right(terms * d);
+    if (transposed)
+      FUSEKERN_PICK(pair_rows)(p.data, false, K, K, p.row, left.data);
+    else
+      FUSEKERN_PICK(pair_columns)(p.data, K, K, p.row, left.data);
+    FUSEKERN_PICK(pair_rows)(b.place.data, true, K, d, b.place.row, right.data);
+    const Matrix a = transposed ? Matrix{left.data, 1, K} : Matrix{left.data, terms, 1};
+    multiply(K, d, terms, a, {right.data, d, 1}, to.matrix, false, true);
+  } else {
+    multiply(K, d, terms, transposed ? turned(p) : p, b.read(), to.matrix, false);
+  }
+  to.write();
+}
+
 // What a head's tokens gather from one another.
 template <class T>
 void attend(const Sizes& s, const Tensor& qkv, const Tensor& mixed, const Tensor& lse) {
   for_each_head(s, [&, lse = data_of(lse)](int64_t item, int64_t r, int64_t c, const Matrix& scores, const Matrix&) {
-    const int64_t K = s.K, C = s.C;
-    const MatrixOf<T> rows = matrix_of<T>(qkv, 3 * C);
-    const Head<T> q(s, rows, r, c), k(s, rows, r, C + c), v(s, rows, r, 2 * C + c), to(s, matrix_of<T>(mixed, C), r, c);
-    multiply(K, K, s.d, q.read(), turned(k.read()), scores, false);
-    FUSEKERN_PICK(former_softmax)(scores.data, K, K, s.scale(), lse + item * K);
-    multiply(K, s.d, K, scores, v.read(), to.matrix, false);
-    to.write();
+    const MatrixOf<T> rows = matrix_of<T>(qkv, 3 * s.C);
+    const Head<T> q(s, rows, r, c), k(s, rows, r, s.C + c), v(s, rows, r, 2 * s.C + c);
+    compare(q, k, scores);
+    FUSEKERN_PICK(former_softmax)(scores.data, s.K, s.K, s.scale(), lse + item * s.K);
+    gather(scores, false, v, Head<T>(s, matrix_of<T>(mixed, s.C), r, c));
   });
 }
 
@@ -268,19 +297,16 @@ template <class T>
 void attend_bwd(const Sizes& s, const Tensor& qkv, const MatrixOf<T>& dmixed, const MatrixOf<T>& dqkv) {
   const Scratch sums(s.B * s.heads * s.K);
   for_each_head(s, [&](int64_t item, int64_t r, int64_t c, const Matrix& p, const Matrix& dp) {
-    const int64_t K = s.K, C = s.C, d = s.d;
-    const MatrixOf<T> rows = matrix_of<T>(qkv, 3 * C);
-    const Head<T> q(s, rows, r, c), k(s, rows, r, C + c), v(s, rows, r, 2 * C + c), g(s, dmixed, r, c);
-    const Head<T> dq(s, dqkv, r, c), dk(s, dqkv, r, C + c), dv(s, dqkv, r, 2 * C + c);
-    multiply(K, K, d, q.read(), turned(k.read()), p, false);
+    const MatrixOf<T> rows = matrix_of<T>(qkv, 3 * s.C);
+    const Head<T> q(s, rows, r, c), k(s, rows, r, s.C + c), v(s, rows, r, 2 * s.C + c), g(s, dmixed, r, c);
+    compare(q, k, p);
     // Once more as a whole: probabilities by lse would not add up to 1, by which all that V have in common would count.
-    FUSEKERN_PICK(former_softmax)(p.data, K, K, s.scale(), sums.data + item * K);
-    multiply(K, d, K, turned(p), g.read(), dv.matrix, false);
-    multiply(K, K, d, g.matrix, turned(v.read()), dp, false);
-    FUSEKERN_PICK(former_softmax_bwd)(p.data, K, K, s.scale(), dp.data);
-    multiply(K, d, K, dp, k.matrix, dq.matrix, false);
-    multiply(K, d, K, turned(dp), q.matrix, dk.matrix, false);
-    dq.write(), dk.write(), dv.write();
+    FUSEKERN_PICK(former_softmax)(p.data, s.K, s.K, s.scale(), sums.data + item * s.K);
+    gather(p, true, g, Head<T>(s, dqkv, r, 2 * s.C + c));
+    compare(g, v, dp);
+    FUSEKERN_PICK(former_softmax_bwd)(p.data, s.K, s.K, s.scale(), dp.data);
+    gather(dp, false, k, Head<T>(s, dqkv, r, c));
+    gather(dp, true, q, Head<T>(s, dqkv, r, s.C + c));
   });
 }
 

@@ -1,4 +1,4 @@
-// The inverted bottleneck: what inverted_bottleneck.cpp hands to the bodies. They work on tiles of some pixels and
+// The inverted bottleneck: what its stages hand to the bodies. They work on tiles of some pixels and
 // channels, and on rows of the map.
 #pragma once
 

@@ -27,11 +27,11 @@ MatrixOf<T> at(const MatrixOf<T>& m, int64_t row, int64_t column) {
   return {m.data + row * m.row + column * m.column, m.row, m.column};
 }
 
-// c [rows][columns] (+)= a [rows][terms] b [terms][columns], by one thread.
+// c [rows][columns] (+)= a [rows][terms] b [terms][columns], by one thread; of pairs of bf16 for terms, if it is said.
 inline void multiply(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b, const Matrix& c,
-                     bool add) {
+                     bool add, bool pairs = false) {
   MatrixProduct p{};
-  p.rows = rows, p.columns = columns, p.terms = terms, p.add = add;
+  p.rows = rows, p.columns = columns, p.terms = terms, p.add = add, p.pairs = pairs;
   p.a = a.data, p.a_row = a.row, p.a_term = a.column;
   p.b = b.data, p.b_term = b.row, p.b_column = b.column;
   p.c = c.data, p.c_row = c.row;

@@ -63,6 +63,31 @@ void widen_matrix(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t
     });
 }
 
+void pair_rows([[maybe_unused]] const void* matrix, [[maybe_unused]] bool is_bf16, [[maybe_unused]] int64_t rows,
+               [[maybe_unused]] int64_t columns, [[maybe_unused]] int64_t ld, [[maybe_unused]] float* to) {
+#if FUSEKERN_WIDTH == 16
+  using namespace text;
+  const auto pair = [&](const auto* x) {
+    for (int64_t r = 0; r < rows; r += 2)
+      each(columns, [&](int64_t c, Lanes lanes) {
+        const V upper = r + 1 < rows ? load(x + (r + 1) * ld + c, lanes) : zero();
+        store(to + r / 2 * columns + c, interleave(load(x + r * ld + c, lanes), upper), lanes);
+      });
+  };
+  is_bf16 ? pair(static_cast<const bf16*>(matrix)) : pair(static_cast<const float*>(matrix));
+#endif
+}
+
+void pair_columns(const float* matrix, int64_t rows, int64_t columns, int64_t ld, float* to) {
+  using namespace text;
+  const int64_t row = columns + columns % 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    bf16* const out = reinterpret_cast<bf16*>(to) + r * row;
+    each(columns, [&](int64_t c, Lanes lanes) { store(out + c, load(matrix + r * ld + c, lanes), lanes); });
+    if (row > columns) out[columns] = bf16{0};
+  }
+}
+
 namespace text {
 
 template <class T>

@@ -1,4 +1,4 @@
-// Products of fp32 matrices on a CPU, and what follows that of a linear layer.
+// Products of matrices on a CPU, and what follows that of a linear layer.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,7 @@ struct MatrixProduct {
   float* c;
   int64_t a_row, a_term, b_term, b_column, c_row;  // strides
   bool add;
+  bool pairs;           // of matrix_product, where cpu_has_bf16(): two bf16 stand for each number of a and b
   const float* addend;  // of matrix_product: what is added to lies here, null for in c itself
   int64_t addend_row;
   const uint8_t* wanted;  // [rows][columns] bits, for masked_product
@@ -66,6 +67,9 @@ FUSEKERN_BODY(
     void masked_product(const MatrixProduct& product, float* memory);
     // to [columns][rows], whose rows are ld apart, from a matrix [rows][columns]
     void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, int64_t ld);
+    // Two rows, of bf16 or fp32, become one of pairs; or two columns, of fp32. Behind the last there are zeros.
+    void pair_rows(const void* matrix, bool bf16, int64_t rows, int64_t columns, int64_t ld, float* to);
+    void pair_columns(const float* matrix, int64_t rows, int64_t columns, int64_t ld, float* to);
     // Of bf16 in matrices whose rows are `from` and `to` numbers apart.
     void widen_matrix(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t from, float* out, int64_t to);
     // out = product + bias (+ residual); activated = gelu(out)

@@ -15,8 +15,19 @@ namespace product {
 constexpr int TALLEST = W == 16 ? 12 : 6;  // rows whose sums fill the registers
 constexpr int64_t TERMS = 512;             // of a panel: no more of it would stay in the cache
 
+struct Single {
+  FUSEKERN_INLINE V add(V a, V b, V sum) { return fma(a, b, sum); }
+};
+
+#if FUSEKERN_WIDTH == 16
+// Terms are two bf16, which lie where one float would.
+struct Pairs {
+  FUSEKERN_INLINE V add(V a, V b, V sum) { return dot(a, b, sum); }
+};
+#endif
+
 // Between the terms a line of what is needed next is fetched now and then: it may lie far away.
-template <int M, int N>
+template <class Terms, int M, int N>
 static void tile(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, int64_t terms,
                  Lanes last, const float* addend, int64_t lda, Ahead ahead, Ahead& beside) {
   constexpr int64_t EACH = 8;
@@ -39,7 +50,7 @@ static void tile(const float* a, int64_t row, int64_t step, const float* b, floa
       for (int m = 0; m < M; ++m) {
         const V factor = set1((m < 4 ? a : m < 8 ? a4 : a8)[m % 4 * row]);
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, values[n], sums[m][n]);
+        for (int n = 0; n < N; ++n) sums[m][n] = Terms::add(factor, values[n], sums[m][n]);
       }
       a += step, a4 += step, a8 += step;
     }
@@ -57,11 +68,11 @@ static void tile(const float* a, int64_t row, int64_t step, const float* b, floa
     }
 }
 
-template <int M, int N, class... Rest>
+template <class Terms, int M, int N, class... Rest>
 FUSEKERN_INLINE void tile_of(int64_t rows, Rest&&... rest) {
   if constexpr (M > 1)
-    if (rows < M) return tile_of<M - 1, N>(rows, rest...);
-  tile<M, N>(rest...);
+    if (rows < M) return tile_of<Terms, M - 1, N>(rows, rest...);
+  tile<Terms, M, N>(rest...);
 }
 
 // Terms `begin` to `end` of the columns of a panel N vectors wide, with zeros beyond the last.
@@ -100,23 +111,8 @@ static Ahead ahead_of(const MatrixProduct& p, int64_t column, int64_t begin, int
           0};
 }
 
-}  // namespace product
-
-void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, int64_t ld) {
-  for (int64_t c = 0; c < columns; c += W)
-    for (int64_t r = 0; r < rows; r += W) {
-      V block[W];
-      for (int i = 0; i < W; ++i)
-        block[i] = r + i < rows ? load(matrix + (r + i) * columns + c, first(columns - c)) : zero();
-      transpose(block);
-      for (int64_t i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * ld + r, block[i], first(rows - r));
-    }
-}
-
-int64_t matrix_product_floats() { return 2 * W * product::TERMS; }
-
-void matrix_product(const MatrixProduct& p, float* packed) {
-  using namespace product;
+template <class Terms>
+static void panels(const MatrixProduct& p, float* packed) {
   Ahead beside = ahead_of(p.beside);
   int64_t begin = 0;
   for (int64_t blocks = (p.terms + TERMS - 1) / TERMS; blocks > 0; --blocks) {
@@ -136,17 +132,40 @@ void matrix_product(const MatrixProduct& p, float* packed) {
         const int64_t some = (rows + parts - part - 1) / (parts - part);
         const Ahead ahead = ahead_of<2>(p, column + 2 * W, begin, end, part, parts);
         if (columns > W)
-          tile_of<TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W), from,
-                              lda, ahead, beside);
+          tile_of<Terms, TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W),
+                                     from, lda, ahead, beside);
         else
-          tile_of<TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), from, lda,
-                              ahead, beside);
+          tile_of<Terms, TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), from,
+                                     lda, ahead, beside);
         a += some * p.a_row, c += some * p.c_row, rows -= some;
         if (from != nullptr) from += some * lda;
       }
     }
     begin = end;
   }
+}
+
+}  // namespace product
+
+void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, int64_t ld) {
+  for (int64_t c = 0; c < columns; c += W)
+    for (int64_t r = 0; r < rows; r += W) {
+      V block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = r + i < rows ? load(matrix + (r + i) * columns + c, first(columns - c)) : zero();
+      transpose(block);
+      for (int64_t i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * ld + r, block[i], first(rows - r));
+    }
+}
+
+int64_t matrix_product_floats() { return 2 * W * product::TERMS; }
+
+void matrix_product(const MatrixProduct& p, float* packed) {
+  using namespace product;
+#if FUSEKERN_WIDTH == 16
+  if (p.pairs) return panels<Pairs>(p, packed);
+#endif
+  panels<Single>(p, packed);
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

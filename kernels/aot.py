@@ -46,6 +46,8 @@ PARTS = {
     "inverted_bottleneck": ("inverted_bottleneck_fwd", "inverted_bottleneck_bwd"),
     "former": ("former_fwd", "former_bwd"),
     "former2conv": ("former2conv_fwd", "former2conv_bwd"),
+    "conv2former": ("conv2former_fwd", "conv2former_bwd"),
+    "score_map": ("score_map_fwd", "score_map_bwd"),
 }
 USES = {"inverted_bottleneck": ("batch_norm",)}
 NO_KERNELS = ("text_path", "aot", "__init__")  # launches former's
