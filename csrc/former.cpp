@@ -65,12 +65,16 @@ void multiply_all(int64_t rows, int64_t columns, int64_t terms, const MatrixOf<u
                              : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get()));
 }
 
-// A vector in fp32 becomes `to`, in fp32 or bf16.
-void give(const float* vector, const Tensor& to) {
+// A matrix [rows][columns] in fp32 becomes one in fp32 or bf16, whose rows are ld apart.
+void give(const float* matrix, int64_t rows, int64_t columns, void* to, int64_t ld, bool bf16) {
   LinearFinish rounded{};
-  rounded.rows = 1, rounded.columns = rounded.product_ld = rounded.ld = to.numel();
-  rounded.product = vector, rounded.out = to.data_ptr(), rounded.bf16 = is_bf16(to);
+  rounded.rows = rows, rounded.columns = rounded.product_ld = columns, rounded.product = matrix;
+  rounded.out = to, rounded.ld = ld, rounded.bf16 = bf16;
   FUSEKERN_PICK(linear_finish)(rounded);
+}
+
+void give(const float* vector, const Tensor& to) {
+  give(vector, 1, to.numel(), to.data_ptr(), to.numel(), is_bf16(to));
 }
 
 void norm(int64_t R, int64_t C, const Tensor& x, const Tensor& gain, const Tensor& shift, double eps, float* mean,
@@ -237,12 +241,7 @@ struct Head {
     return matrix;
   }
   void write() const {
-    if constexpr (IS_BF16<T>) {
-      LinearFinish rounded{};
-      rounded.rows = K, rounded.columns = rounded.product_ld = d, rounded.product = memory.data;
-      rounded.out = place.data, rounded.ld = place.row, rounded.bf16 = true;
-      FUSEKERN_PICK(linear_finish)(rounded);
-    }
+    if constexpr (IS_BF16<T>) give(memory.data, K, d, place.data, place.row, true);
   }
   bool pairs() const { return IS_BF16<T> && d % 2 == 0 && cpu_has_bf16(); }
   Matrix pairs_of_columns() const { return {reinterpret_cast<float*>(place.data), place.row / 2, 1}; }

@@ -1,4 +1,4 @@
-// Products of fp32 matrices, for the bodies: c [rows][columns] (+)= a [rows][terms] b [terms][columns].
+// Products of matrices, of fp32 or of pairs of bf16: c [rows][columns] (+)= a [rows][terms] b [terms][columns].
 //
 // A panel of b, two vectors wide, is copied together and stays in the cache while all rows of a, which may have any
 // strides, are multiplied with it. Each sum runs in one order, whatever the sizes around it.
