@@ -105,6 +105,11 @@ static void finish(const LinearFinish& f) {
 
 }  // namespace text
 
-void linear_finish(const LinearFinish& f) { f.bf16 ? text::finish<bf16>(f) : text::finish<float>(f); }
+void linear_finish(const LinearFinish& f) {
+#if FUSEKERN_WIDTH == 16
+  if (f.bf16 && cpu_has_bf16()) return text::finish<rounded_bf16>(f);
+#endif
+  f.bf16 ? text::finish<bf16>(f) : text::finish<float>(f);
+}
 
 }  // namespace fusekern::FUSEKERN_ISA

@@ -269,6 +269,20 @@ FUSEKERN_INLINE void prefetch_near(const void* p) {
 #endif
 }
 
+// *p in all lanes, by way of a general register: where vectors are read at full rate, a broadcast from memory takes the
+// place of one.
+FUSEKERN_INLINE V through_register(const float* p) {
+#if FUSEKERN_WIDTH == 16
+  uint32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  V x;
+  asm("vpbroadcastd %1, %0" : "=v"(x) : "r"(bits));
+  return x;
+#else
+  return set1(*p);
+#endif
+}
+
 // x, which GCC then reads from memory once, instead of in every instruction that it is part of.
 FUSEKERN_INLINE V in_register(V x) {
 #if FUSEKERN_WIDTH == 16
@@ -305,6 +319,17 @@ FUSEKERN_INLINE Halves to_bf16(V x) {
   Halves halves;
   asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
   return halves;
+}
+
+// bf16 on such a CPU.
+struct rounded_bf16 {
+  uint16_t bits;
+};
+
+FUSEKERN_INLINE V load(const rounded_bf16* p, Lanes lanes) { return load(reinterpret_cast<const bf16*>(p), lanes); }
+
+FUSEKERN_INLINE void store(rounded_bf16* p, V x, Lanes lanes) {
+  _mm256_mask_storeu_epi16(p, lanes.mask, (__m256i)to_bf16(x));
 }
 
 // The bf16 of low and of high in the lower and the upper half of each lane.

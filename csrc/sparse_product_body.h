@@ -85,7 +85,7 @@ static void add_panel(const MatrixProduct& p, const Panel& panel, float* sums, f
     for (int n = 0; n < N; ++n) sum[n] = panel.first ? zero() : load(sums + n * W);
     for (; bits != 0; bits &= bits - 1) {
       const int64_t i = __builtin_ctzll(bits);
-      const V factor = set1(a[i]);
+      const V factor = through_register(a + i);
       const float* const b = panel.b + i * N * W;
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[n] = fma(factor, load(b + n * W), sum[n]);
