@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,13 +163,23 @@ def with_gradients(call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tenso
 
 class Truth:
     """What PyTorch says in float64, and in the dtype at hand over its orderings and layouts; of values that are timed,
-    of which parity judges no gradients, the results alone."""
+    of which parity judges no gradients, the results alone. If not ``whole``, only gradients that no other is judged
+    with are kept: of all parameters they would fill the memory."""
 
     def __init__(
-        self, case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False, draw: int = 0
+        self,
+        case: Case,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: str,
+        timed: bool = False,
+        draw: int = 0,
+        whole: bool = True,
     ) -> None:
         self.case, self.shape, self.learning = case, shape, not timed
         self.tensors = make(case, shape, dtype, device, 2 * draw, timed)
+        together = Counter(case.judged_with(f"d{name}") for name in self.tensors)
+        self.kept = [name for name in self.tensors if whole or together[case.judged_with(f"d{name}")] == 1]
         exact = [tensor.double() for tensor in self.tensors.values()]
         with torch.no_grad():
             size = case.reference(shape, *exact).shape
@@ -184,9 +195,14 @@ class Truth:
 
     def run(self, call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
         if self.learning:
-            return with_gradients(lambda *leaves: call(self.shape, *leaves), tensors, grad)
+            return self.learn(lambda *leaves: call(self.shape, *leaves), tensors, grad)
         with torch.no_grad():
             return (call(self.shape, *tensors),)
+
+    def learn(self, call, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        """A result and the gradients that are kept."""
+        out, *gradients = with_gradients(call, tensors, grad)
+        return (out, *(found for name, found in zip(self.tensors, gradients, strict=True) if name in self.kept))
 
     def laid_out(self, layout: str) -> list[Tensor]:
         return [lay_out(tensor, layout) for tensor in self.tensors.values()]
@@ -194,7 +210,7 @@ class Truth:
     def named(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         """A result's parts and its gradients by name."""
         out, *gradients = found
-        names = (f"d{name}" for name in self.tensors) if gradients else ()
+        names = (f"d{name}" for name in self.kept) if gradients else ()
         return {**self.case.parts(self.shape, out), **dict(zip(names, gradients, strict=True))}
 
     def judge(self, found: Sequence[Tensor]) -> list[str]:
@@ -214,8 +230,9 @@ class Truth:
 
 
 def draws(case: Case, shape: Shape, dtype: torch.dtype, device: str, timed: bool = False) -> list[Truth]:
-    """The truths by which the case is judged."""
-    return [Truth(case, shape, dtype, device, timed, draw) for draw in range(case.draws if dtype.itemsize == 2 else 1)]
+    """The truths by which the case is judged; where gradients are judged as one, one draw has numbers enough."""
+    count = case.draws if dtype.itemsize == 2 else 1
+    return [Truth(case, shape, dtype, device, timed, draw, whole=draw == 0) for draw in range(count)]
 
 
 def judge(truths: Sequence[Truth], found: Sequence[Sequence[Tensor]]) -> list[str]:

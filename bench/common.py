@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import peers, report
-from bench.case import LAYOUTS, Case, Shape, Truth, draws, judge, lay_out, make, with_gradients
+from bench.case import LAYOUTS, Case, Shape, Truth, draws, judge, lay_out, make
 from bench.peers import FUSED, GRAPHED
 from bench.timing import STATISTIC, Burst, Ceilings, capture, interleaved, keep_freed_memory, rotation
 from bench.zeros import Zeros
@@ -118,7 +118,7 @@ def _first_call(name: str, contender: peers.Contender, truths: list[Truth], layo
         if not contender.gradients:
             return truth.sane(inference)
         seen = truths if name == FUSED else truths[:1]
-        found = [with_gradients(contender.call, of.laid_out(layout), lay_out(of.grad, layout)) for of in seen]
+        found = [of.learn(contender.call, of.laid_out(layout), lay_out(of.grad, layout)) for of in seen]
     if name != FUSED:
         return truth.sane(found[0][0])
     wrong = judge(truths, found)

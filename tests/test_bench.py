@@ -25,7 +25,7 @@ from bench import (
     score_map,
     text_path,
 )
-from bench.case import LAYOUTS, Shape, judge, lay_out, make
+from bench.case import LAYOUTS, Shape, draws, judge, lay_out, make
 from bench.timing import Burst, Ceilings, interleaved, rotation
 from fusekern import extensions
 from fusekern.backends import BACKENDS
@@ -158,6 +158,18 @@ def test_draws_are_judged_together():
     assert len(judge(truths[:1], found[:1])) == 1  # 1.1 times as much is allowed
     found = [truth.with_errors(dict.fromkeys(truth.sizes, 0.13)) for truth in truths]
     assert [fault.split(":")[0] for fault in judge(truths, found)] == ["out", "parameters"]
+
+
+def test_further_draws_keep_what_is_judged_of_them_and_find_errors_in_it():
+    case, shape = layer.CASES[0], Shape(1, 64, 5, 3)
+    first, *others = truths = draws(case, shape, torch.bfloat16, "cpu")
+    assert len(others) == 3 and first.kept == list(first.tensors)
+    assert all(truth.kept == ["image", "text"] for truth in others)
+    assert all(len(run) == 3 for truth in others for run in (truth.exact, *truth.peers))
+    found = [truth.peers[0] for truth in truths]
+    assert judge(truths, found) == []
+    out, dimage, dtext = found[-1]
+    assert {fault.split(":")[0] for fault in judge(truths, [*found[:-1], (out, dimage, 3 * dtext)])} == {"dtext"}
 
 
 def test_a_gradient_of_nothing_but_noise_hides_no_error():
