@@ -1,4 +1,4 @@
-// former: what former.cpp hands to its bodies. Rows of matrices lie one after the other; what has no type is fp32 or bf16.
+// former: what former and text_path hand to their bodies. Rows of matrices lie one after the other; what has no type is fp32 or bf16.
 #pragma once
 
 #include <cstdint>
