@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or folder / f"model-{report.slug(options.device)}.json"
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
     heap_kept = options.device == "cpu" and keep_freed_memory()
     models = {name: build(name, options.device) for name in MODELS}
     wrong = disagreement(models, torch.rand(1, 3, 224, 224, device=options.device))

@@ -117,7 +117,9 @@ def kind_of(tokens: Tensor, width: int) -> str:
 
 def _precision(tokens: Tensor) -> str:
     """Of fp32 products."""
-    return "tf32" if tokens.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
+    tf32 = tokens.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def _copied(tensor: Tensor) -> bool:

@@ -364,7 +364,9 @@ def kind_of(*images: Tensor) -> str:
 
 def _precision(image: Tensor) -> str:
     """Of fp32 products. Convolutions have a switch of their own for tf32."""
-    return "tf32" if image.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
+    tf32 = image.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:

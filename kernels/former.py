@@ -135,7 +135,9 @@ def kind_of(dtype: torch.dtype, *widths: int) -> str:
 
 def _precision(dtype: torch.dtype) -> str:
     """Of fp32 products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def setting_of(kind: str, rows: int, columns: int) -> Setting:

@@ -153,7 +153,9 @@ def _as_rows(rows: Rows, image: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 def _precision(image: Tensor) -> str:
     """Of fp32 products."""
-    return "tf32" if image.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
+    tf32 = image.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def kind_of(rows: Rows, *images: Tensor) -> str:

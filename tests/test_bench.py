@@ -659,7 +659,7 @@ def test_launches_on_the_device(tmp_path, monkeypatch):
     assert launches().main(["--device", "cuda", "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(row["state"] == "measured" and all(row["found"].values()) for row in found["rows"])
-    assert len(found["blocks"]) == 3 and all(min(row["launches"].values()) > 0 for row in found["blocks"])
+    assert len(found["blocks"]) == 4 and all(min(row["launches"].values()) > 0 for row in found["blocks"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -676,7 +676,7 @@ def test_what_the_memory_checker_runs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("op", MODULES)
 def test_on_the_device(op, tmp_path):
-    options = ["--device", "cuda", "--backend", "triton", "--dtypes", "bfloat16", "--out", str(tmp_path / "found.json")]
+    options = ["--device", "cuda", "--backend", "kernel", "--dtypes", "bfloat16", "--out", str(tmp_path / "found.json")]
     code = common.main(MODULES[op].CASES, [*TINY, *options])
     found = json.loads((tmp_path / "found.json").read_text())
     assert code == 0 and found["driver"] and found["versions"]["cuda"]

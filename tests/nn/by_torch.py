@@ -25,6 +25,7 @@ def block_by_torch(block, image, text):
         dropout=0.0,
         activation="gelu",
         batch_first=True,
+        device=text.device,
         dtype=text.dtype,
     )
     state = {"self_attn.in_proj_weight": former.qkv.weight, "self_attn.in_proj_bias": former.qkv.bias}

@@ -25,6 +25,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which cuDNN, and with it ``downsample``, computes fp32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def _lay_out(layout: str, tensor: Tensor) -> Tensor:
     if layout == "permuted":  # channels_last for images, column-major for matrices
         order = (0, *range(2, tensor.dim()), 1) if tensor.dim() > 2 else tuple(reversed(range(tensor.dim())))
