@@ -79,7 +79,7 @@ def stages(out: Path) -> list[Stage]:
     found = [
         Stage("environment", ((python, "-m", "bench.report"),), 60, always=True),
         Stage("build", (pip, tell), 240, always=True),
-        Stage("kernels", ((*pytest, "-m", "gpu", "tests/kernels"),), 240),
+        Stage("kernels", ((*pytest, *spread, "-m", "gpu", "tests/kernels"),), 240),
         Stage("tests", ((*pytest, *spread, done, *ignored, "tests"),), 300),
         Stage("launches", ((python, "-m", "bench.launches", *measure, str(out / "launches.json")),), 240),
     ]
