@@ -104,6 +104,27 @@ def test_tells_the_unit_and_the_widths(compiled, arch, unit):
     assert list(report.stores) == ["32"]
 
 
+def unguarded(ptx: str) -> list[str]:
+    """Releases with no barrier between them and a store before, which another thread may leave behind.
+
+    And acquires with none between them and an access behind.
+    """
+    lines = ptx.splitlines()
+
+    def access_first(some, *accesses: str) -> bool:
+        first = next(line for line in some if any(word in line for word in ("bar.sync", *accesses)))
+        return "bar.sync" not in first
+
+    found = []
+    for i, line in enumerate(lines):
+        if re.search(r"(atom|red)\.global\S*\.release", line) and access_first(reversed(lines[:i]), "st.global"):
+            found.append(line)
+        accesses = "ld.global", "st.global", "cp.async"
+        if re.search(r"(ld|atom)\.global\S*\.acquire", line) and access_first(lines[i + 1 :], *accesses):
+            found.append(line)
+    return found
+
+
 @pytest.mark.parametrize(
     "case, waits",
     [
@@ -113,13 +134,16 @@ def test_tells_the_unit_and_the_widths(compiled, arch, unit):
     ],
 )
 def test_chains_wait(case, waits, tmp_path, monkeypatch):
-    """A loop with nothing in it but a condition is there after all passes of the compiler, and no load before it."""
+    """A loop with nothing in it but a condition is there after all passes of the compiler, no load before it, and a
+    barrier for all threads on either side."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = aot.build(aot.cases_of("former")[case], 90).asm
     for order in ("acquire", "release"):
         assert built["ttgir"].count(f"tt.atomic_rmw add, {order}, gpu") == waits
         assert re.search(rf"\b(?:ld|atom)\.global\S*\.{order}", built["ptx"])
     assert "ld.global.nc" not in built["ptx"]  # a load that need not see what others store
+    assert unguarded(built["ptx"]) == []
+    assert len(unguarded(built["ptx"].replace("bar.sync", "bar.arrive"))) > waits
 
 
 def test_a_spill_is_a_fault(compiled):
