@@ -38,6 +38,11 @@ inline bool is_bf16(const Tensor& t) {
   return dtype == ScalarType::BFloat16;
 }
 
+inline float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+// How many of at most `most` make up `count`.
+inline int64_t parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
 // Calls f(begin, end) for all of `items` items, threads taking no less than what is worth waking them for.
 template <class F>
 void in_parallel(int64_t items, int64_t flops_per_item, const F& f) {

@@ -60,9 +60,7 @@ struct Pairs {
     const Bits pair = (Bits)load(columns + c / 2 * PB);
     return (V)(c % 2 ? pair & 0xffff0000u : pair << 16);
   }
-  FUSEKERN_INLINE void put(bf16* to, V x, Lanes lanes) {
-    _mm256_mask_storeu_epi16(to, lanes.mask, (__m256i)to_bf16(x));
-  }
+  FUSEKERN_INLINE void put(bf16* to, V x, Lanes lanes) { store(reinterpret_cast<rounded_bf16*>(to), x, lanes); }
 };
 #endif
 

@@ -17,8 +17,6 @@ namespace fusekern::stages {
 
 constexpr int64_t TILE_PIXELS = 512, TILE_FLOATS = 128 * 1024;  // half of an L2 cache
 
-inline int64_t parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
-
 // ---- layouts -------------------------------------------------------------------------------------------------------
 
 // All that is dense lies either channels_last, a matrix of N pixels, or as images, B matrices with a channel a row.
@@ -274,8 +272,6 @@ inline void give(BottleneckPass& pass, const Tensor& vectors, int64_t c0) {
   for (int64_t i = 0; i < vectors.size(0); ++i)
     pass.vectors[i] = static_cast<const float*>(vectors.data_ptr()) + i * vectors.size(1) + c0;
 }
-
-inline float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // out = relu6(affine y)
 inline void activate(const Dense& y, const Chunk& from, int64_t c0, const Tensor& affine, const Dense& out,

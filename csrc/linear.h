@@ -69,8 +69,7 @@ struct Linear {
 };
 
 inline void linear(const Linear& l) {
-  const int64_t across = (l.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS;
-  const int64_t down = (l.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS, size = l.bf16 ? 2 : 4;
+  const int64_t across = parts(l.columns, PRODUCT_COLUMNS), down = parts(l.rows, PRODUCT_ROWS), size = l.bf16 ? 2 : 4;
   const auto moved = [size](const void* p, int64_t numbers) {
     return p == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(p)) + numbers * size;
   };

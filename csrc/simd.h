@@ -321,7 +321,7 @@ FUSEKERN_INLINE Halves to_bf16(V x) {
   return halves;
 }
 
-// bf16 on such a CPU.
+// Memory of bf16 that is stored by to_bf16.
 struct rounded_bf16 {
   uint16_t bits;
 };

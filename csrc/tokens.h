@@ -16,8 +16,6 @@
 
 namespace fusekern::tokens {
 
-inline float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
 template <class T>
 MatrixOf<T> matrix_of(const Tensor& t, int64_t columns) {
   return {static_cast<T*>(t.data_ptr()), columns, 1};
@@ -37,11 +35,9 @@ struct Room {
   const MatrixOf<T> matrix;
 };
 
-inline int64_t parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
-
 // c [rows][columns] (+)= a [rows][terms] b [terms][columns], in blocks of rows and columns.
-inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b, const Matrix& c,
-                  bool add) {
+inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b,
+                         const Matrix& c, bool add) {
   const int64_t across = parts(columns, PRODUCT_COLUMNS), down = parts(rows, PRODUCT_ROWS);
   in_parallel(across * down, 2 * rows * columns * terms / (across * down), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -53,7 +49,7 @@ inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const Mat
 }
 
 inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const MatrixOf<uint16_t>& a,
-                  const MatrixOf<uint16_t>& b, const MatrixOf<uint16_t>& c, bool add) {
+                         const MatrixOf<uint16_t>& b, const MatrixOf<uint16_t>& c, bool add) {
   const auto tensor = [](const MatrixOf<uint16_t>& m, int64_t rows, int64_t columns) {
     const int64_t shape[] = {rows, columns}, strides[] = {m.row, m.column};
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
@@ -76,8 +72,8 @@ inline void give(const float* vector, const Tensor& to) {
   give(vector, 1, to.numel(), to.data_ptr(), to.numel(), is_bf16(to));
 }
 
-inline void norm(int64_t R, int64_t C, const Tensor& x, const Tensor& gain, const Tensor& shift, double eps, float* mean,
-          float* rstd, bool known, void* out) {
+inline void norm(int64_t R, int64_t C, const Tensor& x, const Tensor& gain, const Tensor& shift, double eps,
+                 float* mean, float* rstd, bool known, void* out) {
   const bool bf16 = is_bf16(x);
   const int64_t size = bf16 ? 2 : 4;
   const Floats weight(gain), bias(shift);
@@ -136,7 +132,7 @@ inline Sizes sizes_of(const Tensor& tokens, const Tensor& hidden, int64_t heads)
 }
 
 inline void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-                 ScalarType dtype = ScalarType::Float) {
+                        ScalarType dtype = ScalarType::Float) {
   check(name, t, shape, dtype);
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
@@ -213,7 +209,7 @@ inline void check_saved(const Sizes& s, const Saved& saved) {
 
 // out [R][.] = x weight^T + bias
 inline void linear(const Sizes& s, const Rows& x, const Tensor& weight, const Tensor& bias, void* out,
-            const Rows* residual = nullptr, void* activated = nullptr) {
+                   const Rows* residual = nullptr, void* activated = nullptr) {
   const Floats vector(bias);
   Linear l{};
   l.rows = s.R, l.columns = weight.size(0), l.terms = weight.size(1), l.bf16 = s.bf16;
@@ -309,8 +305,8 @@ void attend_bwd(const Sizes& s, const Tensor& qkv, const MatrixOf<T>& dmixed, co
 }
 
 // moments [4][R]: mean and 1 / standard deviation of either norm
-inline void forward(const Sizes& s, const Rows& image, const Parameters& p, double eps, const Tensor& out, const Saved& saved,
-             float* moments) {
+inline void forward(const Sizes& s, const Rows& image, const Parameters& p, double eps, const Tensor& out,
+                    const Saved& saved, float* moments) {
   const auto& [qkv, mixed, lse, sums1, hidden, sums2] = saved;
   const int64_t C = s.C, F = s.F, R = s.R;
   check_weights(s, {p.qkv_weight, p.out_weight, p.gain1, p.shift1, p.up_weight, p.down_weight, p.gain2});
