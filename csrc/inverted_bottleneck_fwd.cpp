@@ -158,7 +158,7 @@ void residual_fwd(const Tensor& y3,       // [B, O, h, w]
   const Layout layout = layout_of(y3, lie_in_rows({&y3, &out}));
   const auto chunks = chunks_of(layout, TILE_PIXELS);
   for_each(static_cast<int64_t>(chunks.size()), [&](int64_t item) {
-    finish(dense(y3, layout), chunks[item], 0, O, affine3, x ? &*x : nullptr, dense(out, layout), chunks[item]);
+    finish(dense(y3, layout), chunks[item], 0, O, data_of(affine3), O, x ? &*x : nullptr, dense(out, layout), chunks[item]);
   });
 }
 

@@ -1,19 +1,46 @@
 // inverted_bottleneck in inference, with norms that are known: one stage.
+#include "batch_norm.h"
 #include "inverted_bottleneck_stages.h"
+#include "linear.h"
 
 namespace fusekern::stages {
 
 namespace {
 
+// A norm by running statistics.
+struct Known {
+  const Vector& weight;  // [c] each, fp32 or bf16
+  const Vector& bias;
+  const Tensor& mean;
+  const Tensor& var;
+  double eps;
+};
+
+const Tensor& checked(const char* name, const Tensor& t, int64_t channels) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name, " must be [c] and contiguous");
+  return t;
+}
+
+// [5, c] as fusekern/ops/_batch_norm.py has it.
+void fill_vectors(const Known& norm, int64_t channels, float* vectors) {
+  const Floats mean(checked("mean", norm.mean, channels)), var(checked("var", norm.var, channels));
+  std::optional<Floats> weight, bias;
+  if (norm.weight) weight.emplace(checked("weight", *norm.weight, channels));
+  if (norm.bias) bias.emplace(checked("bias", *norm.bias, channels));
+  for (int64_t c = 0; c < channels; ++c)
+    norm_forward(mean.data[c], var.data[c], var.data[c], weight ? weight->data[c] : 1.f, bias ? bias->data[c] : 0.f,
+                 static_cast<float>(norm.eps), vectors + c, channels);
+}
+
 // Strip by strip of an image: its rows of the expanded map a block of channels at a time, filtered into a tile of all
 // channels, and that projected. What the filter still needs of the rows above stays in rings.
-void infer(const Tensor& x,        // [B, C, H, W]
-           const Tensor& w1,       // [E, C]
-           const Tensor& affine1,  // [2, E]
-           const Tensor& wd,       // [E, k, k]
-           const Tensor& affine2,  // [2, E]
-           const Tensor& w3,       // [O, E]
-           const Tensor& affine3,  // [2, O]
+void infer(const Tensor& x,   // [B, C, H, W]
+           const Tensor& w1,  // [E, C]
+           const Tensor& wd,  // [E, k, k]
+           const Tensor& w3,  // [O, E]
+           const Vector& weight1, const Vector& bias1, const Tensor& mean1, const Tensor& var1, double eps1,
+           const Vector& weight2, const Vector& bias2, const Tensor& mean2, const Tensor& var2, double eps2,
+           const Vector& weight3, const Vector& bias3, const Tensor& mean3, const Tensor& var3, double eps3,
            int64_t stride, bool residual,
            Tensor out) {  // [B, O, h, w]
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), E = w1.size(0), O = w3.size(0);
@@ -25,8 +52,10 @@ void infer(const Tensor& x,        // [B, C, H, W]
   STD_TORCH_CHECK(!residual || (stride == 1 && C == O), "a residual needs stride 1 and as many channels as x has");
   check_weight("w1", w1, {E, C}, dtype), check_weight("wd", wd, {E, k, k}, dtype),
       check_weight("w3", w3, {O, E}, dtype);
-  check_vectors("affine1", affine1, 2, E), check_vectors("affine2", affine2, 2, E),
-      check_vectors("affine3", affine3, 2, O);
+  const Scratch affine1(5 * E), affine2(5 * E), affine3(5 * O);
+  fill_vectors({weight1, bias1, mean1, var1, eps1}, E, affine1.data);
+  fill_vectors({weight2, bias2, mean2, var2, eps2}, E, affine2.data);
+  fill_vectors({weight3, bias3, mean3, var3, eps3}, O, affine3.data);
 
   const bool rows = lie_in_rows({&out});
   const Layout layout = layout_of(out, rows);
@@ -41,7 +70,7 @@ void infer(const Tensor& x,        // [B, C, H, W]
   BottleneckDepthwise op{};
   op.bf16 = layout.bf16, op.rows = rows, op.B = 1, op.channels = E, op.H = H, op.W = W, op.h = h, op.w = w, op.k = k;
   op.stride = stride, op.block = blocks.size, op.wd = wd.data_ptr(), op.pitch = E;
-  op.affine1 = data_of(affine1), op.affine2 = data_of(affine2);
+  op.affine1 = affine1.data, op.affine2 = affine2.data;
   FUSEKERN_PICK(bottleneck_depthwise_plan)(op);
 
   // As many images at a time as keep all threads busy; one thread projects each block while it is in the cache.
@@ -95,7 +124,7 @@ void infer(const Tensor& x,        // [B, C, H, W]
         if (first + together < blocks.count()) return;
         const int64_t n = y0 * w;
         const Chunk there = rows ? Chunk{0, b * h * w + n, count, 0} : Chunk{b, n, count, 0};
-        finish(y3, all, o0, channels, affine3, residual ? &x : nullptr, to, there);
+        finish(y3, all, o0, channels, affine3.data, O, residual ? &x : nullptr, to, there);
       };
       for (int64_t first = 0; first < blocks.count(); first += together) {
         const int64_t some = std::min(together, blocks.count() - first);
@@ -111,8 +140,11 @@ void infer(const Tensor& x,        // [B, C, H, W]
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusekern_cpp, m) {
   m.def(
-      "inverted_bottleneck_infer(Tensor x, Tensor w1, Tensor affine1, Tensor wd, Tensor affine2, Tensor w3, "
-      "Tensor affine3, int stride, bool residual, Tensor(a!) out) -> ()");
+      "inverted_bottleneck_infer(Tensor x, Tensor w1, Tensor wd, Tensor w3, "
+      "Tensor? weight1, Tensor? bias1, Tensor mean1, Tensor var1, float eps1, "
+      "Tensor? weight2, Tensor? bias2, Tensor mean2, Tensor var2, float eps2, "
+      "Tensor? weight3, Tensor? bias3, Tensor mean3, Tensor var3, float eps3, "
+      "int stride, bool residual, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusekern_cpp, CPU, m) {

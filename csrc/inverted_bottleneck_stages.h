@@ -333,13 +333,13 @@ inline void run(BottleneckDepthwise& op, const F& f) {
   });
 }
 
-// out = affine y (+ x), of some channels
-inline void finish(const Dense& y, const Chunk& from, int64_t c0, int64_t channels, const Tensor& affine,
+// out = affine y (+ x), of some channels; of all, scale and shift lie `pitch` apart.
+inline void finish(const Dense& y, const Chunk& from, int64_t c0, int64_t channels, const float* affine, int64_t pitch,
                    const Tensor* x, const Dense& out, const Chunk& to) {
   BottleneckPass pass = pass_over(y.layout, from.count, channels);
   pass.a = y.pixels(from, c0), pass.out = out.pixels(to, c0);
   if (x != nullptr) pass.b = pixels_of(*x, out.layout, to, c0);
-  give(pass, affine, c0);
+  pass.vectors[0] = affine + c0, pass.vectors[1] = affine + pitch + c0;
   FUSEKERN_PICK(bottleneck_affine)(pass);
 }
 

@@ -43,7 +43,7 @@ from triton.runtime.jit import JITFunction
 OPS = ("downsample", "conv2former", "inverted_bottleneck", "batch_norm", "former", "former2conv", "score_map")
 # Files besides an op's own that its kernels lie in, and those of other ops that they call.
 PARTS = {
-    "inverted_bottleneck": ("inverted_bottleneck_fwd", "inverted_bottleneck_bwd"),
+    "inverted_bottleneck": tuple(f"inverted_bottleneck_{part}" for part in ("fwd", "bwd", "places", "plan", "cases")),
     "former": ("former_fwd", "former_bwd"),
     "former2conv": ("former2conv_fwd", "former2conv_bwd"),
     "conv2former": ("conv2former_fwd", "conv2former_bwd"),

@@ -7,13 +7,12 @@ goes on to what the norm makes of them: the last of these programs, if parts are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from fusekern.kernels.aot import Case
+from fusekern.kernels.launching import cdiv, on_device_of
 from torch import Tensor
 
 BLOCK = 256  # channels of a program that joins nothing
@@ -289,10 +288,6 @@ def batch_norm_bwd_kernel(
     add_parts(partial, means, vectors, weight, sums, coef, dweight, dbias, parts, count, eps, i_c, C, BATCH, BC, BT)
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def batch_norm_fwd(*norms: Tensor | float | None) -> None:
     """Mean, var, weight, bias, eps and ``vectors`` of each of three norms.
 
@@ -302,8 +297,8 @@ def batch_norm_fwd(*norms: Tensor | float | None) -> None:
     means, variances, weights, biases, eps, vectors = (norms[i::6] for i in range(6))
     widths = [0 if of is None else of.shape[1] for of in vectors]
     tensors = zip(means, variances, weights, biases, vectors, strict=True)
-    with _device_of(next(of for of in vectors if of is not None)):
-        batch_norm_fwd_kernel[(triton.cdiv(max(widths), BLOCK),)](
+    with on_device_of(next(of for of in vectors if of is not None)):
+        batch_norm_fwd_kernel[(cdiv(max(widths), BLOCK),)](
             *(tensor for norm in tensors for tensor in norm), *eps, *widths, BLOCK
         )
 
@@ -320,7 +315,7 @@ def batch_norm_bwd(
     dweight: Tensor,
 ) -> None:
     """``coef`` and ``dweight`` from the sums of this process, and the ``means`` of all where there are more."""
-    with _device_of(sums):
+    with on_device_of(sums):
         _launch_bwd(sums[None], means, count, None, coef, dweight, vectors, weight, eps, batch)
 
 
@@ -338,7 +333,7 @@ def join(
     """From the moments of tiles of ``pixels``, so many of them for ``size``, to ``stats`` or ``vectors``."""
     count, width = MANY
     channels = partial.shape[2]
-    batch_norm_join_kernel[(triton.cdiv(channels, width),)](
+    batch_norm_join_kernel[(cdiv(channels, width),)](
         *(partial, stats, vectors, weight, bias, partial.shape[0], size, tiles, eps),
         C=channels,
         BP=pixels,
@@ -369,7 +364,7 @@ def add(partial: Tensor, count: int, summed: Summed) -> None:
 def _launch_bwd(partial, means, count, sums, coef, dweight, vectors, weight, eps, batch, dbias=None) -> None:
     parts, _, channels = partial.shape
     many, width = FEW if parts <= 4 * FEW[0] else MANY
-    batch_norm_bwd_kernel[(triton.cdiv(channels, width),)](
+    batch_norm_bwd_kernel[(cdiv(channels, width),)](
         *(partial, means, vectors, weight, sums, coef, dweight, dbias, parts, float(count), eps),
         C=channels,
         BATCH=batch,

@@ -10,11 +10,9 @@ gradients as key and as value in one accumulator. Where one tile has all tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 from fusekern.kernels.aot import Case
 from fusekern.kernels.conv2former_bwd import (
     conv2former_bwd_dq_kernel,
@@ -22,6 +20,7 @@ from fusekern.kernels.conv2former_bwd import (
     conv2former_bwd_sum_kernel,
 )
 from fusekern.kernels.conv2former_fwd import conv2former_fwd_join_kernel, conv2former_fwd_kernel
+from fusekern.kernels.launching import cdiv, next_power_of_2, on_device_of, precision_of
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -84,13 +83,13 @@ JOIN_QUERIES, SUM_ELEMENTS = 16, 512
 
 def padded_width(width: int) -> int:
     """Of a head, as a tile has it."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def run_length(programs: int, tiles: int) -> int:
     """How many of its tiles a program walks over: all, if there are programs enough."""
     splits = max(1, min(PROGRAMS // programs, tiles // MIN_RUN))
-    return triton.cdiv(tiles, splits)
+    return cdiv(tiles, splits)
 
 
 def _layout(tokens: Tensor) -> tuple[str, tuple[int, int, int, int]]:
@@ -111,15 +110,8 @@ def kind_of(tokens: Tensor, width: int) -> str:
     layout, (_, s_c, _, s_w) = _layout(tokens)
     odd = {"channels_last": s_w, "nchw": s_c, "strided": 1}[layout] % 16 > 0 or width % 16 > 0
     if tokens.dtype == torch.float32:
-        return "odd fp32" if odd else _precision(tokens)
+        return "odd fp32" if odd else precision_of(tokens.dtype)
     return "odd half" if odd else "half"
-
-
-def _precision(tokens: Tensor) -> str:
-    """Of fp32 products."""
-    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
-    tf32 = tokens.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def _copied(tensor: Tensor) -> bool:
@@ -133,10 +125,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _shares(query: Tensor, tokens: Tensor, heads: int, tile: Tile) -> tuple[int, int, int]:
     """Blocks of queries, tiles that a program walks over, and programs that share a block."""
-    blocks = triton.cdiv(query.shape[1], tile.queries)
-    tiles = triton.cdiv(tokens.shape[2] * tokens.shape[3], tile.tokens)
+    blocks = cdiv(query.shape[1], tile.queries)
+    tiles = cdiv(tokens.shape[2] * tokens.shape[3], tile.tokens)
     run = run_length(query.shape[0] * heads * blocks, tiles)
-    return blocks, run, triton.cdiv(tiles, run)
+    return blocks, run, cdiv(tiles, run)
 
 
 def _alone(tiles: int, kind: str) -> bool:
@@ -152,7 +144,7 @@ def launches(query: Tensor, tokens: Tensor, heads: int, grad: Tensor) -> dict[st
     width = tokens.shape[1] // heads
     kind = kind_of(tokens, width)
     setting = SETTINGS[kind, padded_width(width)]
-    tiles = triton.cdiv(tokens.shape[2] * tokens.shape[3], setting.dx.tokens)
+    tiles = cdiv(tokens.shape[2] * tokens.shape[3], setting.dx.tokens)
     fwd = [*["copy"] * _copied(query), "conv2former_fwd_kernel"]
     if _shares(query, tokens, heads, setting.fwd)[2] > 1:
         fwd.append("conv2former_fwd_join_kernel")
@@ -164,10 +156,6 @@ def launches(query: Tensor, tokens: Tensor, heads: int, grad: Tensor) -> dict[st
     return {"fwd": tuple(fwd), "bwd": (*bwd, "conv2former_bwd_dx_kernel")}
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def conv2former_fwd(query: Tensor, tokens: Tensor, heads: int, scale: float, out: Tensor, lse: Tensor) -> None:
     """Fills ``out`` ``[B, K, C]`` and ``lse`` ``[B, heads, K]`` fp32, which the backward needs."""
     batch, count, channels = query.shape
@@ -177,7 +165,7 @@ def conv2former_fwd(query: Tensor, tokens: Tensor, heads: int, scale: float, out
     tile = SETTINGS[kind, padded_width(width)].fwd
     blocks, run, splits = _shares(query, tokens, heads, tile)
     head = {"D": width, "BD": padded_width(width)}
-    with _device_of(tokens):
+    with on_device_of(tokens):
         query = _rows(query)
         result, mass, peak = out, lse, lse
         if splits > 1:
@@ -192,12 +180,12 @@ def conv2former_fwd(query: Tensor, tokens: Tensor, heads: int, scale: float, out
             BN=tile.tokens,
             LAYOUT=layout,
             SPLIT=splits > 1,
-            PRECISION=_precision(tokens),
+            PRECISION=precision_of(tokens.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
         if splits > 1:
-            blocks = triton.cdiv(count, JOIN_QUERIES)
+            blocks = cdiv(count, JOIN_QUERIES)
             conv2former_fwd_join_kernel[(batch * blocks * heads,)](
                 *(result, mass, peak, out, lse, batch, count, heads, blocks, splits),
                 *(*result.stride()[-3:-1], *out.stride()[:2]),
@@ -225,14 +213,14 @@ def conv2former_bwd(
     layout_out, (s_yb, s_yc, _, s_yw) = _layout(dtokens)
     kind = kind_of(tokens, width)
     setting = SETTINGS[kind, padded_width(width)]
-    tiles = triton.cdiv(size, setting.dx.tokens)
+    tiles = cdiv(size, setting.dx.tokens)
     shared = {
         "D": width,
         "BD": padded_width(width),
         "LAYOUT": layout,
-        "PRECISION": _precision(tokens),
+        "PRECISION": precision_of(tokens.dtype),
     }
-    with _device_of(tokens):
+    with on_device_of(tokens):
         grad, query, out = _rows(grad), _rows(query), _rows(out)
         alone = _alone(tiles, kind)
         delta = lse if alone else torch.empty_like(lse)
@@ -271,7 +259,7 @@ def _bwd_dq(grad, query, tokens, out, lse, delta, heads, scale, dquery, strides,
         num_stages=tile.stages,
     )
     if splits > 1:
-        grid = (triton.cdiv(dquery.numel(), SUM_ELEMENTS),)
+        grid = (cdiv(dquery.numel(), SUM_ELEMENTS),)
         conv2former_bwd_sum_kernel[grid](result, dquery, dquery.numel(), splits, BS=SUM_ELEMENTS, num_warps=4)
 
 

@@ -8,13 +8,13 @@ share a tile, and a second kernel adds their parts in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fusekern.kernels.aot import Case
+from fusekern.kernels.launching import cdiv, on_device_of, precision_of
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -335,7 +335,7 @@ def setting_of(kind: str, rows: int, channels: int) -> Setting:
         return SETTINGS[kind, "any"]
     if rows <= 32:
         return SETTINGS[kind, "small"]
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(channels, 128)
+    tiles = cdiv(rows, 128) * cdiv(channels, 128)
     return SETTINGS[kind, "medium" if tiles < PROGRAMS else "large"]
 
 
@@ -346,12 +346,12 @@ def run_length(programs: int, steps: int) -> int:
     """
 
     def cost(splits: int) -> float:
-        waves, run = triton.cdiv(programs * splits, PROGRAMS), triton.cdiv(steps, splits)
+        waves, run = cdiv(programs * splits, PROGRAMS), cdiv(steps, splits)
         extra = waves * PART + programs * splits / PROGRAMS * PART + SUM
         return waves * (START + run) + (extra if splits > 1 else 0)
 
     most = max(1, min(steps, 4 * PROGRAMS // programs))
-    return triton.cdiv(steps, min(range(1, most + 1), key=cost))
+    return cdiv(steps, min(range(1, most + 1), key=cost))
 
 
 def kind_of(*images: Tensor) -> str:
@@ -359,18 +359,7 @@ def kind_of(*images: Tensor) -> str:
     for image in images:
         if image.stride(1) != 1 or any(size % 16 for size in (image.shape[1], *image.stride()[::2], image.stride(3))):
             return "odd"
-    return _precision(images[0]) if images[0].dtype == torch.float32 else "half"
-
-
-def _precision(image: Tensor) -> str:
-    """Of fp32 products. Convolutions have a switch of their own for tf32."""
-    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
-    tf32 = image.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return precision_of(torch.float32, convolution=True) if images[0].dtype == torch.float32 else "half"
 
 
 def launches(image: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> dict[str, tuple[str, ...]]:
@@ -393,16 +382,16 @@ def launches(image: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -
 
 def _fwd_shares(tile: Tile, rows: int, channels: int) -> tuple[int, int, int]:
     """Tiles, steps of a program, and programs that share a tile."""
-    tiles, steps = triton.cdiv(rows, tile.BM) * triton.cdiv(channels, tile.BO), 9 * triton.cdiv(channels, tile.BC)
+    tiles, steps = cdiv(rows, tile.BM) * cdiv(channels, tile.BO), 9 * cdiv(channels, tile.BC)
     run = run_length(tiles, steps)
-    return tiles, run, triton.cdiv(steps, run)
+    return tiles, run, cdiv(steps, run)
 
 
 def _weight_shares(tile: Tile, rows: int, channels: int) -> tuple[int, int, int]:
     """The same of the weight's gradient."""
-    tiles, steps = 9 * triton.cdiv(channels, tile.BO) * triton.cdiv(channels, tile.BC), triton.cdiv(rows, tile.BM)
+    tiles, steps = 9 * cdiv(channels, tile.BO) * cdiv(channels, tile.BC), cdiv(rows, tile.BM)
     run = run_length(tiles, steps)
-    return tiles, run, triton.cdiv(steps, run)
+    return tiles, run, cdiv(steps, run)
 
 
 def _summed(splits: int, dweight: Tensor) -> bool:
@@ -417,7 +406,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 def _sum(partial: Tensor, bias: Tensor | None, total: Tensor, weight: bool) -> None:
     channels, pixels = total.shape[1], total.shape[2] * total.shape[3]
-    grid = (triton.cdiv(total.numel(), SUM_ELEMENTS),)
+    grid = (cdiv(total.numel(), SUM_ELEMENTS),)
     downsample_sum_kernel[grid](
         *(partial, total if bias is None else bias, total, total.numel(), partial.shape[0], pixels),
         C=channels,
@@ -436,9 +425,9 @@ def downsample_fwd(image: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
     h, w = out.shape[2:]
     rows = batch * h * w
     tile = setting_of(kind_of(image), rows, channels).fwd
-    blocks = triton.cdiv(rows, tile.BM)
+    blocks = cdiv(rows, tile.BM)
     programs, run, splits = _fwd_shares(tile, rows, channels)
-    with _device_of(image):
+    with on_device_of(image):
         weight = _taps(weight)
         bias = None if bias is None else bias.contiguous()
         result = out
@@ -456,7 +445,7 @@ def downsample_fwd(image: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
             PADDED=3 * h > height or 3 * w > width,
             BIAS=bias is not None,
             SPLIT=splits > 1,
-            PRECISION=_precision(image),
+            PRECISION=precision_of(image.dtype, convolution=True),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -477,9 +466,9 @@ def downsample_bwd(
     setting = setting_of(kind_of(image, grad), rows, channels)
     if dbias is not None:
         torch.sum(grad, dim=(0, 2, 3), out=dbias)
-    with _device_of(image):
+    with on_device_of(image):
         tile = setting.image
-        blocks = triton.cdiv(rows, tile.BM) * 9 * triton.cdiv(channels, tile.BO)
+        blocks = cdiv(rows, tile.BM) * 9 * cdiv(channels, tile.BO)
         downsample_bwd_image_kernel[(blocks,)](
             *(grad, _taps(weight), dimage, rows, height, width, h, w, *grad.stride(), *dimage.stride()),
             C=channels,
@@ -489,7 +478,7 @@ def downsample_bwd(
             LAST=grad.stride(1) == 1,
             LAST_OUT=dimage.stride(1) == 1,
             BORDER=3 * h < height or 3 * w < width,
-            PRECISION=_precision(image),
+            PRECISION=precision_of(image.dtype, convolution=True),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -513,7 +502,7 @@ def _bwd_weight(grad: Tensor, image: Tensor, dweight: Tensor, tile: Tile) -> Non
         LAST_GRAD=grad.stride(1) == 1,
         LAST=image.stride(1) == 1,
         PADDED=3 * h > height or 3 * w > width,
-        PRECISION=_precision(image),
+        PRECISION=precision_of(image.dtype, convolution=True),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -17,11 +17,9 @@ The gradients of all parameters are one launch; sums over the rows have a fixed 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 from fusekern.kernels.aot import Case
 from fusekern.kernels.former_bwd import (
     former_bwd_attention_kernel,
@@ -32,6 +30,7 @@ from fusekern.kernels.former_bwd import (
     former_bwd_parameters_kernel,
 )
 from fusekern.kernels.former_fwd import former_fwd_chain_kernel, former_fwd_first_kernel
+from fusekern.kernels.launching import cdiv, next_power_of_2, on_device_of, precision_of
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -52,7 +51,7 @@ class Tile(NamedTuple):
 
     def of(self, rows: int, columns: int) -> int:
         """How many there are in a product with so many results."""
-        return triton.cdiv(rows, self.BM) * triton.cdiv(columns, self.BN)
+        return cdiv(rows, self.BM) * cdiv(columns, self.BN)
 
 
 class Setting(NamedTuple):
@@ -129,30 +128,23 @@ def kind_of(dtype: torch.dtype, *widths: int) -> str:
     """Which products the launch settings are for."""
     odd = any(width % 16 for width in widths)
     if dtype == torch.float32:
-        return "odd fp32" if odd else _precision(dtype)
+        return "odd fp32" if odd else precision_of(dtype)
     return "odd half" if odd else "half"
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of fp32 products."""
-    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def setting_of(kind: str, rows: int, columns: int) -> Setting:
     """The launch settings of products with so many results and more."""
     if kind.startswith("odd"):
         return SETTINGS[kind, "any"]
-    if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= PROGRAMS:
+    if cdiv(rows, 128) * cdiv(columns, 128) >= PROGRAMS:
         return SETTINGS[kind, "large"]
     # One multiprocessor in two: smaller tiles read the operands more often.
-    return SETTINGS[kind, "medium" if 2 * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) >= PROGRAMS else "small"]
+    return SETTINGS[kind, "medium" if 2 * cdiv(rows, 64) * cdiv(columns, 64) >= PROGRAMS else "small"]
 
 
 def padded(width: int, least: int) -> int:
     """Channels of a head or of a row, as a tile has them."""
-    return max(least, triton.next_power_of_2(width))
+    return max(least, next_power_of_2(width))
 
 
 def _shared(tile: Tile, queries: Heads) -> Tile:
@@ -173,10 +165,6 @@ def launches() -> dict[str, tuple[str, ...]]:
             *("former_bwd_entry_kernel", "former_bwd_parameters_kernel"),
         ),
     }
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _rows(text: Tensor) -> tuple[Tensor, int, int]:
@@ -237,12 +225,12 @@ def forward(
     up_weight, up_bias, down_weight, down_bias, gain2, shift2 = rest
     batch, count, channels = tokens.shape
     rows, wide, width = batch * count, up_weight.shape[0], channels // heads
-    kind, precision = kind_of(tokens.dtype, channels, wide), _precision(tokens.dtype)
+    kind, precision = kind_of(tokens.dtype, channels, wide), precision_of(tokens.dtype)
     tile, (queries, *_) = setting_of(kind, rows, channels).fwd, ATTENTION[_heads_kind(tokens.dtype, width)]
-    with _device_of(tokens):
+    with on_device_of(tokens):
         tokens, *strides = _rows(tokens)
         activated = torch.empty_like(hidden)
-        partial = moments.new_empty(3 if entry else 2, triton.cdiv(channels, tile.BN), 2, rows)
+        partial = moments.new_empty(3 if entry else 2, cdiv(channels, tile.BN), 2, rows)
         counters = torch.empty(2, dtype=torch.int32, device=tokens.device)
         if entry:
             norm0 = entry.gain.contiguous(), entry.shift.contiguous()
@@ -258,12 +246,12 @@ def forward(
             ENTRY=entry is not None,
             PRECISION=precision,
         )
-        block, blocks = padded(channels, 64), triton.cdiv(count, queries.BQ)
+        block, blocks = padded(channels, 64), cdiv(count, queries.BQ)
         tasks = batch * blocks * heads + 2 * tile.of(rows, channels) + tile.of(rows, wide)
         if entry:
             tasks += tile.of(rows, 3 * channels) + len(exits) * tile.of(rows, channels)
         else:
-            tasks += triton.cdiv(rows, NORM_TILE // block)
+            tasks += cdiv(rows, NORM_TILE // block)
         each = [(exit.weight.contiguous(), exit.bias.contiguous(), exit.image) for exit in exits]
         _launch(
             *(former_fwd_chain_kernel, tasks, _shared(tile, queries)),
@@ -275,7 +263,7 @@ def forward(
             C=channels,
             F=wide,
             D=width,
-            BP=triton.next_power_of_2(triton.cdiv(channels, tile.BN)),
+            BP=next_power_of_2(cdiv(channels, tile.BN)),
             BQ=queries.BQ,
             BT=queries.BN,
             BD=padded(width, 16),
@@ -324,13 +312,13 @@ def backward(
     rows, wide = batch * count, up_weight.shape[0]
     kind = kind_of(sums1.dtype, channels, wide)
     tile, block = setting_of(kind, rows, channels).bwd, padded(channels, 64)
-    blocks = triton.cdiv(rows, NORM_TILE // block)
-    run = triton.cdiv(blocks, 2 * PROGRAMS)
-    parts = triton.cdiv(blocks, run)
+    blocks = cdiv(rows, NORM_TILE // block)
+    run = cdiv(blocks, 2 * PROGRAMS)
+    parts = cdiv(blocks, run)
     square = tile.of(rows, channels)
-    alike = {"C": channels, "PRECISION": _precision(sums1.dtype)}
+    alike = {"C": channels, "PRECISION": precision_of(sums1.dtype)}
     norms = {"BR": NORM_TILE // block, "BC": block}
-    with _device_of(sums1):
+    with on_device_of(sums1):
         partial = moments.new_empty(3 if entry else 2, parts, 2, channels)
         dsums1, dsums2, dnormed, dmixed, normed = (torch.empty_like(sums1) for _ in range(5))
         dhidden, activated, dqkv = (torch.empty_like(tensor) for tensor in (hidden, hidden, qkv))
@@ -400,11 +388,11 @@ def backward(
         height, across = FEW if rows < MANY_ROWS else MANY
         squares = 1 + len(exits) if entry else 0
         programs = sum(
-            triton.cdiv(weight.shape[0], tile.BN) * triton.cdiv(weight.shape[1], tile.BK)
+            cdiv(weight.shape[0], tile.BN) * cdiv(weight.shape[1], tile.BK)
             for weight in (qkv_weight, out_weight, up_weight, down_weight, *[out_weight] * squares)
         )
-        programs += (6 + (3 + len(exits) if entry else 0)) * triton.cdiv(channels, across)
-        programs += sum(triton.cdiv(n, across) for n in (3 * channels, wide))
+        programs += (6 + (3 + len(exits) if entry else 0)) * cdiv(channels, across)
+        programs += sum(cdiv(n, across) for n in (3 * channels, wide))
         _launch(
             *(former_bwd_parameters_kernel, programs, tile),
             *(dqkv, image, dqkv_weight, dsums1, mixed, dout_weight),
@@ -486,14 +474,14 @@ def _attention_bwd(grad: Tensor, qkv: Tensor, mixed: Tensor, lse: Tensor, heads:
     batch, count, channels = mixed.shape
     width = channels // heads
     tile = ATTENTION[_heads_kind(qkv.dtype, width)][1]
-    blocks, tiles = triton.cdiv(count, tile.BQ), triton.cdiv(count, tile.BN)
+    blocks, tiles = cdiv(count, tile.BQ), cdiv(count, tile.BN)
     _launch(
         *(former_bwd_attention_kernel, batch * (blocks + tiles) * heads, tile),
         *(grad, qkv, mixed, lse, dqkv, width**-0.5, count, heads, blocks, tiles),
         C=channels,
         D=width,
         BD=padded(width, 16),
-        PRECISION=_precision(qkv.dtype),
+        PRECISION=precision_of(qkv.dtype),
     )
 
 
@@ -566,7 +554,7 @@ def _case(name: str, kernel: JITFunction, dtype: str, channels: int, tile: Tile 
         **tile._asdict(),
         "C": channels,
         "F": 2 * channels,
-        "BP": triton.next_power_of_2(triton.cdiv(channels, max(tile.BN, 1))),
+        "BP": next_power_of_2(cdiv(channels, max(tile.BN, 1))),
         "BR": NORM_TILE // block,
         "BC": block,
         "PRECISION": dtype if fp32 else "ieee",

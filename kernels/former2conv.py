@@ -10,12 +10,10 @@ programs add up for dK and dV is summed by a kernel of its own, in a fixed order
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from fusekern.kernels.aot import Case
 from fusekern.kernels.former2conv_bwd import (
     former2conv_bwd_dkv_kernel,
@@ -25,6 +23,7 @@ from fusekern.kernels.former2conv_bwd import (
     former2conv_bwd_sum_kernel,
 )
 from fusekern.kernels.former2conv_fwd import former2conv_fwd_kernel, former2conv_fwd_online_kernel
+from fusekern.kernels.launching import cdiv, next_power_of_2, on_device_of, precision_of
 from torch import Tensor
 
 
@@ -197,7 +196,7 @@ SUM_PROGRAMS, SUM_ELEMENTS = 16, 128
 
 def padded_width(width: int) -> int:
     """The head dimension as the products need it."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def setting_of(kernel: str, kind: str, width: int, tokens: int, arch: int) -> Setting | None:
@@ -263,9 +262,7 @@ def _rows(tokens: Tensor) -> tuple[Tensor, tuple[int, int]]:
 def _kind(dtype: torch.dtype, layout: str) -> str:
     if dtype != torch.float32:
         return "half"
-    # Not ``allow_tf32``: reading that raises where the newer setting is in use.
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 and layout != "strided" else "ieee"
+    return "ieee" if layout == "strided" else precision_of(dtype)
 
 
 @lru_cache
@@ -275,10 +272,6 @@ def _device(device: torch.device) -> tuple[int, int]:
         return 90, 1
     properties = torch.cuda.get_device_properties(device)
     return {9: 90, 10: 100}.get(properties.major, 80), properties.multi_processor_count
-
-
-def _on(image: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
 
 
 def _options(setting: Setting, kind: str, width: int, **more: object) -> dict[str, object]:
@@ -311,12 +304,12 @@ def _choose_fwd(image: Tensor, count: int, heads: int, layout: str, arch: int, p
     fast = layout != "strided"
     setting = setting_of("fwd", kind, head, count, arch) if fast else None
     if setting:
-        tiles = triton.cdiv(size, setting.BN)
+        tiles = cdiv(size, setting.BN)
         programs = programs_of(tiles, batch * heads, WAVES * processors * setting.resident)
         return Choice("fwd", setting, tiles, programs)
     name = "fwd online" if fast else "fwd strided"
     setting = setting_of(name, kind, head, count, arch)
-    tiles = triton.cdiv(size, setting.BN)
+    tiles = cdiv(size, setting.BN)
     return Choice(name, setting, tiles, tiles)
 
 
@@ -327,20 +320,20 @@ def _choose_bwd(image: Tensor, count: int, heads: int, layout: str, arch: int, p
     fast = layout != "strided"
     setting = setting_of("bwd", kind, head, count, arch) if fast else None
     if setting:
-        tiles = triton.cdiv(size, setting.BN)
+        tiles = cdiv(size, setting.BN)
         return [Choice("bwd", setting, tiles, programs_of(tiles, rows, WAVES_OF_SUMS * processors * setting.resident))]
     setting = setting_of("bwd dx", kind, head, count, arch) if fast else None
     if setting:
-        tiles = triton.cdiv(size, setting.BN)
+        tiles = cdiv(size, setting.BN)
         dx = Choice("bwd dx", setting, tiles, programs_of(tiles, rows, WAVES * processors * setting.resident))
     else:
         name = "bwd dx online" if fast else "bwd dx strided"
         setting = setting_of(name, kind, head, count, arch)
-        tiles = triton.cdiv(size, setting.BN)
+        tiles = cdiv(size, setting.BN)
         dx = Choice(name, setting, tiles, tiles)
     name = "bwd dkv" if fast else "bwd dkv strided"
     setting = setting_of(name, kind, head, count, arch)
-    tiles, blocks = triton.cdiv(size, setting.BN), triton.cdiv(count, setting.BK)
+    tiles, blocks = cdiv(size, setting.BN), cdiv(count, setting.BK)
     programs = programs_of(tiles, rows * blocks, WAVES_OF_SUMS * processors * setting.resident)
     return [dx, Choice(name, setting, tiles, programs)]
 
@@ -375,7 +368,7 @@ def former2conv_fwd(image: Tensor, key: Tensor, value: Tensor, heads: int, scale
     layout = _layout(heads, image, out)
     kind = _kind(image.dtype, layout)
     name, setting, tiles, programs = _choose_fwd(image, count, heads, layout, *_device(image.device))
-    with _on(image):
+    with on_device_of(image):
         (key, key_strides), (value, value_strides) = _rows(key), _rows(value)
         strides = *strides_of(image), *key_strides, *value_strides, *strides_of(out)
         if name == "fwd":
@@ -407,7 +400,7 @@ def former2conv_bwd(
     layout = _layout(heads, grad, image, dimage)
     kind, rows = _kind(image.dtype, layout), batch * heads
     *first, (name, setting, tiles, programs) = _choose_bwd(image, count, heads, layout, *_device(image.device))
-    with _on(image):
+    with on_device_of(image):
         (key, key_strides), (value, value_strides) = _rows(key), _rows(value)
         strides = *strides_of(grad), *strides_of(image), *key_strides, *value_strides
         sums = _sums(dkey, dvalue, programs)
@@ -433,14 +426,14 @@ def former2conv_bwd(
                     *(*strides, *strides_of(dimage)),
                     **_options(dx.setting, kind, head, LAYOUT=layout, RELOAD=dx.setting.RELOAD),
                 )
-            blocks = triton.cdiv(count, setting.BK)
+            blocks = cdiv(count, setting.BK)
             former2conv_bwd_dkv_kernel[(rows * blocks * programs,)](
                 *(*inputs, lse, delta, *sums, scale),
                 *(batch, size, width, count, heads, tiles, programs, blocks, *strides),
                 **_options(setting, kind, head, LAYOUT=layout),
             )
         if programs > 1:
-            grid = triton.cdiv(dkey.numel(), SUM_ELEMENTS), 2
+            grid = cdiv(dkey.numel(), SUM_ELEMENTS), 2
             former2conv_bwd_sum_kernel[grid](
                 *(sums, dkey, dvalue, dkey.numel(), programs), BP=SUM_PROGRAMS, BS=SUM_ELEMENTS, num_warps=4
             )

@@ -9,15 +9,14 @@ order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from math import gcd
 from typing import NamedTuple
 
 import torch
-import triton
 from fusekern.kernels.aot import Case
+from fusekern.kernels.launching import cdiv, on_device_of, precision_of
 from fusekern.kernels.score_map_bwd import (
     score_map_bwd_image_kernel,
     score_map_bwd_sum_kernel,
@@ -143,16 +142,11 @@ def _access(*views: View) -> str:
 
 def _blocks(tokens: int, setting: Setting) -> int:
     """Of tokens, a program each."""
-    return 1 if tokens <= setting.BK + setting.BK2 else triton.cdiv(tokens, setting.BK)
-
-
-def _precision(image: Tensor) -> str:
-    tf32 = image.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return 1 if tokens <= setting.BK + setting.BK2 else cdiv(tokens, setting.BK)
 
 
 def _kind(image: Tensor) -> str:
-    return _precision(image) if image.dtype == torch.float32 else "half"
+    return precision_of(image.dtype) if image.dtype == torch.float32 else "half"
 
 
 @cache
@@ -162,10 +156,6 @@ def _processor(index: int | None) -> tuple[int, int]:
         return 90, 132
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _on_device(image: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(image.device) if image.is_cuda else nullcontext()
 
 
 def _copied(text: Tensor) -> bool:
@@ -195,8 +185,8 @@ def _text_shares(image: Tensor, tokens: int, g: View, arch: int, processors: int
 
     # More than 8 partial sums are not worth the large tiles.
     s = setting(False)
-    s = setting(8 * batch * triton.cdiv(channels, s.BC) * _blocks(tokens, s) < processors)
-    tiles, columns, blocks = triton.cdiv(height * width, s.BN), triton.cdiv(channels, s.BC), _blocks(tokens, s)
+    s = setting(8 * batch * cdiv(channels, s.BC) * _blocks(tokens, s) < processors)
+    tiles, columns, blocks = cdiv(height * width, s.BN), cdiv(channels, s.BC), _blocks(tokens, s)
     return Shares(s, tiles, columns, blocks, max(1, min(tiles, processors // (batch * columns * blocks))))
 
 
@@ -239,9 +229,9 @@ def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, ou
         return setting_of("fwd", _kind(image), tokens, arch, _access(x, o), idle)
 
     s = setting(False)
-    s = setting(batch * triton.cdiv(pixels, s.BN) * _blocks(tokens, s) < processors)
-    tiles, blocks = triton.cdiv(pixels, s.BN), _blocks(tokens, s)
-    with _on_device(image):
+    s = setting(batch * cdiv(pixels, s.BN) * _blocks(tokens, s) < processors)
+    tiles, blocks = cdiv(pixels, s.BN), _blocks(tokens, s)
+    with on_device_of(image):
         score_map_fwd_kernel[(batch * tiles * blocks,)](
             image,
             text,
@@ -261,7 +251,7 @@ def score_map_fwd(image: Tensor, text: Tensor, normalize: bool, concat: bool, ou
             VEC_OUT=o.vec,
             NORMALIZE=normalize,
             CONCAT=concat,
-            PRECISION=_precision(image),
+            PRECISION=precision_of(image.dtype),
             **s._asdict(),
         )
 
@@ -272,8 +262,8 @@ def score_map_bwd(
     """Fills ``dimage`` and ``dtext``, of the shapes of ``image`` and ``text``; ``grad`` is that of ``out``."""
     text = _rows(text)
     g = view(grad, text.shape[1], image.shape[1] if concat else 0)
-    modes = {"NORMALIZE": normalize, "CONCAT": concat, "PRECISION": _precision(image)}
-    with _on_device(image):
+    modes = {"NORMALIZE": normalize, "CONCAT": concat, "PRECISION": precision_of(image.dtype)}
+    with on_device_of(image):
         inverse = _bwd_image(grad, image, text, dimage, g, modes)
         _bwd_text(grad, image, text, inverse, dtext, g, modes)
 
@@ -290,8 +280,8 @@ def _bwd_image(grad: Tensor, image: Tensor, text: Tensor, dimage: Tensor, g: Vie
         inverse = torch.empty(batch, pixels, dtype=torch.float32, device=text.device)
         score_map_unit_kernel[(batch * tokens,)](text, unit, tokens, channels, *text.stride()[:2], **ROW)
     s = setting_of("image", _kind(image), tokens, arch, _access(g, x, o), False)
-    tiles = triton.cdiv(pixels, s.BN)
-    programs = max(1, min(triton.cdiv(channels, s.BC), processors // (batch * tiles)))
+    tiles = cdiv(pixels, s.BN)
+    programs = max(1, min(cdiv(channels, s.BC), processors // (batch * tiles)))
     score_map_bwd_image_kernel[(batch * tiles * programs,)](
         grad,
         image,

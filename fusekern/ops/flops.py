@@ -84,11 +84,11 @@ def downsample_backward(grad, *rest, **keywords) -> int:
     return 36 * prod(grad) * grad[1]
 
 
-@register_flop_formula(_fusekern.inverted_bottleneck)
+@register_flop_formula([_fusekern.inverted_bottleneck, _fusekern.inverted_bottleneck_infer])
 def inverted_bottleneck(image, expand, depthwise, project, *rest, **keywords) -> int:
     """2 (N C E + M E k^2 + M E O) with N pixels before and M after the depthwise convolution."""
     batch, channels, height, width = image
-    stride = rest[14]
+    stride = rest[13 if isinstance(rest[13], int) else 14]  # behind eps and, of the first, batch
     before = batch * height * width
     after = batch * -(-height // stride) * -(-width // stride)
     hidden, _, size, _ = depthwise

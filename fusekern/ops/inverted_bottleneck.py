@@ -154,6 +154,7 @@ def _strided(side: int, stride: int) -> int:
 # or `sums` alone. What a stage returns, if anything, the next one gets as `left`. What all backends share stands here.
 
 _NORMS = ", ".join(f"Tensor? {part}{i}" for i in (1, 2, 3) for part in ("weight", "bias", "mean", "var"))
+_KNOWN = ", ".join(f"Tensor? weight{i}, Tensor? bias{i}, Tensor mean{i}, Tensor var{i}" for i in (1, 2, 3))
 _SETTINGS = "float[] eps, bool[] batch, int stride, bool residual"
 
 
@@ -201,6 +202,28 @@ def _stages(backend: str, image: Tensor) -> Callable[..., object]:
 
 
 @kernel_op(
+    "inverted_bottleneck_infer",
+    f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_KNOWN}, float[] eps, int stride, "
+    "bool residual, str backend) -> Tensor",
+)
+def _infer(image, expand, depthwise, project, *rest):
+    """With norms by running statistics, and nothing to be learned."""
+    *parts, eps, stride, residual, backend = rest
+    parts = [part if part is None else part.contiguous() for part in parts]
+    norms = *parts[:4], eps[0], *parts[4:8], eps[1], *parts[8:], eps[2]
+    out = _output(image, project.shape[0], stride)
+    if out.numel():
+        weights = _matrices(expand, depthwise, project)
+        launch(backend, "inverted_bottleneck", "infer", image, *weights, *norms, stride, residual, out)
+    return out
+
+
+@fake_of(_infer)
+def _(image, expand, depthwise, project, *rest):
+    return _output(image, project.shape[0], rest[13])
+
+
+@kernel_op(
     "inverted_bottleneck",
     f"(Tensor image, Tensor expand, Tensor depthwise, Tensor project, {_NORMS}, {_SETTINGS}, "
     "bool learning, bool low, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -211,16 +234,9 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
     w1, wd, w3 = _matrices(expand, depthwise, project)
     run = _stages(backend, image)
     vectors = [new_vectors(image, 5, width) for width in (w1.shape[0], w1.shape[0], w3.shape[0])]
-    infers = not learning and not any(batch)
     affine = [of[:2] for of in vectors]
-    if infers and backend == "cuda":
-        affine = norms  # of which its kernels make what they need
-    elif not all(batch):
+    if not all(batch):
         fill_vectors([None if norm.batch else norm for norm in norms], vectors, backend)
-    if infers:
-        out = _output(image, w3.shape[0], stride)
-        run("infer", image, w1, affine[0], wd, affine[1], w3, affine[2], stride, residual, out)
-        return (out, *(image.new_empty(0) for _ in range(6)))
     out, y1, y2, y3 = _outputs(image, w1.shape[0], w3.shape[0], stride)
 
     def run_before(i: int, left: object, stage: str, *arguments: object) -> object:
@@ -245,9 +261,7 @@ def _inverted_bottleneck(image, expand, depthwise, project, *rest):
 
 @fake_of(_inverted_bottleneck)
 def _(image, expand, depthwise, project, *rest):
-    *_, batch, stride, _, learning, low, _, _ = rest
-    if not learning and not any(batch):
-        return (_output(image, project.shape[0], stride), *(image.new_empty(0) for _ in range(6)))
+    *_, stride, _, learning, low, _, _ = rest
     out, y1, y2, y3 = _outputs(image, expand.shape[0], project.shape[0], stride)
     vectors = [image.new_empty(5, y.shape[1], dtype=torch.float32) for y in (y1, y2, y3)]
     return (out, *_kept(image, y1, y2, y3, learning, low), *vectors)
@@ -484,12 +498,15 @@ def with_recipe(
         weights = (expand, depthwise, project)
         found = inverted_bottleneck_reference(image, *weights, norms, stride=stride, residual=residual, group=group)
         return *found, None
-    if not group:
-        _check_variance(image, norms, stride)
     learned = [image, expand, depthwise, project, *(part for norm in norms for part in (norm.weight, norm.bias))]
     learning = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in learned)
     parts = [part for norm in norms for part in norm[:4]]
     eps, batch = [norm.eps for norm in norms], [norm.batch for norm in norms]
+    if not (learning or any(batch)):
+        out = _infer(image, expand, depthwise, project, *parts, eps, stride, residual, chosen)
+        return out, (None, None, None), None
+    if not group:
+        _check_variance(image, norms, stride)
     out, _, _, y3, *vectors = _inverted_bottleneck(
         *(image, expand, depthwise, project, *parts),
         *(eps, batch, stride, residual, learning, memory == "low", group, chosen),
@@ -517,7 +534,6 @@ def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:
     if not norm.batch and (norm.mean is None or norm.var is None):
         raise ValueError(f"{name} needs a running mean and variance, or batch=True")
     dtype, device = image.dtype, image.device
-    dtypes = dtype, torch.promote_types(dtype, torch.float32)
     for part, tensor in zip(("weight", "bias", "mean", "var"), norm[:4], strict=True):
         if tensor is None or (tensor.dtype == dtype and tensor.device == device and tensor.shape == (width,)):
             continue
@@ -525,7 +541,6 @@ def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:
             raise ValueError(f"{name}.{part} must be [c] with c = {width}; got shape {list(tensor.shape)}")
         if tensor.device != image.device:
             raise ValueError(f"{name}.{part} is on {tensor.device}, image on {image.device}: they must share a device")
-        if tensor.dtype not in dtypes:
-            raise ValueError(
-                f"{name}.{part} is {tensor.dtype}: beside an image of {image.dtype} it must be {dtypes[1]}"
-            )
+        wide = torch.promote_types(dtype, torch.float32)
+        if tensor.dtype not in (dtype, wide):
+            raise ValueError(f"{name}.{part} is {tensor.dtype}: beside an image of {dtype} it must be {wide}")

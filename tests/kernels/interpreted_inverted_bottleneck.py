@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusekern.kernels import inverted_bottleneck as kernels
+from fusekern.kernels import inverted_bottleneck_places as places
 from layouts import lay_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -45,6 +46,12 @@ ODD = ["sliced", "cropped", "expanded", "permuted", NCHW, CL]
 def _exact() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def by_gram(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the last stage of the backward take the way over a Gram matrix, or the other one, whatever the sizes."""
+    monkeypatch.setattr(places, "GRAM_PIXELS", 0 if on else float("inf"))
+    monkeypatch.setattr(places, "GRAM_NUMBERS", 0)
 
 
 def guarded(like: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ def test_residual_fwd(case, residual, dtype):
 @pytest.mark.parametrize("whole", [True, False])
 def test_output_bwd(whole, case, dtype, monkeypatch):
     """By programs that have all pixels, which also write the gradient of what the norm saw, or by parts."""
-    monkeypatch.setattr(kernels, "WHOLE_PIXELS", 4096 if whole else 0)
+    monkeypatch.setattr(places, "WHOLE_PIXELS", 4096 if whole else 0)
     block = Block(case, dtype)
     channels = len(block.w3)
     sums = torch.empty(2, channels, device=DEVICE)
@@ -218,7 +225,7 @@ def test_the_last_program_finishes(case, parts, dtype, monkeypatch):
     seen = torch.rand(5, wide, device=DEVICE) + 0.5
 
     def new_left() -> kernels.Left:
-        return kernels.Left(torch.zeros(2, kernels.COUNTERS, dtype=torch.int32, device=DEVICE))
+        return kernels.Left(torch.zeros(2, places.COUNTERS, dtype=torch.int32, device=DEVICE))
 
     def forward(left: kernels.Left | None) -> list[Tensor]:
         y3, vectors = torch.empty_like(block.y3), torch.full((5, out), float("nan"), device=DEVICE)
@@ -362,7 +369,7 @@ def judge_expand_bwd(block: Block, x: Tensor, g: Tensor | None, dtype: torch.dty
 )
 def test_expand_bwd(case, way, dtype, monkeypatch):
     """A Gram matrix of no more pixels than channels is nobody's choice."""
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
+    by_gram(way == "gram", monkeypatch)
     block = Block(case, dtype)
     judge_expand_bwd(block, block.x, None, dtype)
     judge_expand_bwd(block, block.x, torch.randn_like(block.x), dtype)
@@ -371,7 +378,7 @@ def test_expand_bwd(case, way, dtype, monkeypatch):
 @pytest.mark.parametrize("way", ["direct", "gram"])
 def test_expand_bwd_of_frozen_and_shared_norms(way, monkeypatch):
     """Running statistics have q = r = 0; a mean over other processes' pixels too is not that of these."""
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
+    by_gram(way == "gram", monkeypatch)
     block = Block(CASES[2], torch.float32, offset=3)
     block.coef1[3] += torch.randn_like(block.coef1[3])
     judge_expand_bwd(block, block.x, block.x + 1, torch.float32)
@@ -381,7 +388,7 @@ def test_expand_bwd_of_frozen_and_shared_norms(way, monkeypatch):
 
 def test_gram_of_a_far_mean(monkeypatch):
     """Uncentred sums of fp32 would lose what is left of x when its mean is taken away."""
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: True)
+    by_gram(True, monkeypatch)
     block = Block((2, 16, 32, 16, 8, 9, CL), torch.float32, offset=1000)
     judge_expand_bwd(block, block.x, None, torch.float32)
 
@@ -402,7 +409,7 @@ def test_strides_of_input_and_gradient(layout, odd, dtype, monkeypatch):
         arguments = g, block.y3, block.coef3, block.y2, block.affine2, block.mean2, block.w3
         kernels.inverted_bottleneck_project_bwd(*arguments, dz, dw3, sums2)
         for gram, grads in ((True, (dx, dw1)), (False, (dx2, dw12))):
-            monkeypatch.setattr(kernels, "_gram", lambda *sizes, gram=gram: gram)
+            by_gram(gram, monkeypatch)
             kernels.inverted_bottleneck_expand_bwd(block.d, block.y1, block.coef1, x, block.w1, g, *grads)
         return outputs + sums
 
@@ -499,8 +506,8 @@ def test_infer(case, kernel, stride, residual, dtype, depthwise):
     batch, _, height, width = block.x.shape
     size = batch, len(block.w3), (height - 1) // stride + 1, (width - 1) // stride + 1
     out = guarded(lay_out(block.layout, block.x.new_empty(size)))
-    norm1, norm2, norm3 = (norm for norm, _ in norms)
-    kernels.inverted_bottleneck_infer(block.x, block.w1, norm1, wd, norm2, block.w3, norm3, stride, residual, out)
+    parts = [part for norm, _ in norms for part in norm]
+    kernels.inverted_bottleneck_infer(block.x, block.w1, wd, block.w3, *parts, stride, residual, out)
     assert_guarded(out)
     arguments = block, wd, affine1, stride, residual
     assert_parity(out, [composition(*arguments, dtype)], composition(*arguments, torch.float64))
@@ -510,13 +517,13 @@ def test_infer(case, kernel, stride, residual, dtype, depthwise):
 @pytest.mark.parametrize("load", ["large", "medium"])
 def test_settings_and_parts(load, dtype, monkeypatch):
     """One multiprocessor has work enough with large tiles and no parts; 1000 of them have not."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1 if load == "large" else 1000)
-    monkeypatch.setattr(kernels, "START", 0)
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: True)
+    monkeypatch.setattr(places, "PROGRAMS", 1 if load == "large" else 1000)
+    monkeypatch.setattr(places, "START", 0)
+    by_gram(True, monkeypatch)
     block = Block((2, 48, 80, 48, 10, 12, CL), dtype)
     judge_expand_bwd(block, block.x, block.x, dtype)
     kind = "half" if dtype != torch.float32 else "ieee"
-    assert kernels.setting_of(kind, 240, 48) == kernels.SETTINGS[kind, load]
+    assert places.setting_of(kind, 240, 48) == places.SETTINGS[kind, load]
     y1, stats = torch.empty_like(block.y1), torch.empty(2, 80, device=DEVICE)
     kernels.inverted_bottleneck_expand_fwd(block.x, block.w1, y1, stats)
     assert_stats(stats, pointwise(*exact(block.x, block.w1)), dtype)
@@ -525,7 +532,7 @@ def test_settings_and_parts(load, dtype, monkeypatch):
 @pytest.mark.parametrize("way", ["direct", "gram"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_the_ends_of_relu6(dtype, way, monkeypatch):
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
+    by_gram(way == "gram", monkeypatch)
     block = Block((2, 16, 32, 16, 4, 5, CL), dtype)
     block.affine2 = torch.stack([torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE)])
     block.y2[:, :8], block.y2[:, 8:16], block.y2[:, 16:24] = 0, 6, 3
@@ -542,7 +549,7 @@ def test_nan_and_the_ends_of_relu6(dtype, way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["direct", "gram"])
 def test_same_bits_again(way, monkeypatch):
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
+    by_gram(way == "gram", monkeypatch)
     block = Block((2, 16, 32, 16, 10, 12, CL), DTYPES[-1])
 
     def run() -> list[Tensor]:
@@ -564,29 +571,29 @@ def test_run_length():
     """No part is empty, and many tiles are shared out only where programs are few."""
     for programs in (1, 8, 96, 131, 132, 133, 2000):
         for steps in (1, 2, 9, 128, 1000):
-            run = kernels.run_length(programs, steps)
+            run = places.run_length(programs, steps)
             parts = -(-steps // run)
             assert 1 <= run <= steps and (parts - 1) * run < steps
-            assert parts == 1 or programs * parts <= 4 * kernels.PROGRAMS
-    assert kernels.run_length(96, 256) < 256 and kernels.run_length(2000, 256) == 256
+            assert parts == 1 or programs * parts <= 4 * places.PROGRAMS
+    assert places.run_length(96, 256) < 256 and places.run_length(2000, 256) == 256
 
 
 def test_products_of_a_launch_share_what_is_of_the_launch():
-    for setting in kernels.SETTINGS.values():
+    for setting in places.SETTINGS.values():
         assert setting.hidden[3:5] == setting.image[3:5] == setting.weight[3:5]
 
 
 def test_kinds():
     image = torch.empty(2, 32, 5, 6, dtype=torch.float16, device=DEVICE)
     last = image.to(memory_format=torch.channels_last)
-    assert kernels._rows(last) == kernels.Rows(1, 60, True) and kernels._rows(image) == kernels.Rows(2, 30, False)
+    assert places.rows_of(last) == places.Rows(1, 60, True) and places.rows_of(image) == places.Rows(2, 30, False)
     assert (
-        kernels.kind_of(kernels._rows(last), last) == "half"
-        and kernels.kind_of(kernels._rows(image), image) == "odd half"
+        places.kind_of(places.rows_of(last), last) == "half"
+        and places.kind_of(places.rows_of(image), image) == "odd half"
     )
-    assert kernels.kind_of(kernels._rows(last), last.float()) == "ieee"
+    assert places.kind_of(places.rows_of(last), last.float()) == "ieee"
     odd = torch.empty(2, 20, 5, 6, device=DEVICE).to(memory_format=torch.channels_last)
-    assert kernels.kind_of(kernels._rows(odd), odd) == "odd fp32"
+    assert places.kind_of(places.rows_of(odd), odd) == "odd fp32"
 
 
 def op_of(block: Block, x: Tensor, kernel: int, stride: int, batch: tuple[bool, ...], dtype=torch.float32):
@@ -629,7 +636,7 @@ def run_op(arguments, grad: Tensor, backend: str, dtype: torch.dtype, memory: st
 @pytest.mark.parametrize("way", ["direct", "gram"])
 def test_the_op(way, stride, memory, batch, narrow, depthwise, monkeypatch):
     """What the stages hand to one another, judged where the depthwise stand-in is as exact as float64."""
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: way == "gram")
+    by_gram(way == "gram", monkeypatch)
     block = Block((2, 16, 32, 16, 6, 8, CL), torch.float16 if narrow else torch.float32)
     arguments = op_of(block, block.x, 3, stride, batch, block.dtype)
     grad = lay_out(CL, torch.randn(2, 16, 6 // stride, 8 // stride, device=DEVICE).to(block.dtype))
@@ -718,12 +725,12 @@ class Watch(TorchDispatchMode):
     ids=str,
 )
 def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dtype, depthwise, monkeypatch):
-    monkeypatch.setattr(kernels, "_gram", lambda *sizes: gram)
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "START", 0)
+    by_gram(gram, monkeypatch)
+    monkeypatch.setattr(places, "PROGRAMS", programs)
+    monkeypatch.setattr(places, "START", 0)
     if programs == 1:  # as if there were many of them
         for name in ("WHOLE_PIXELS", "FINISHED", "JOINED"):
-            monkeypatch.setattr(kernels, name, 0)
+            monkeypatch.setattr(places, name, 0)
     launched = []
     for module in (kernels, kernels.batch_norm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -749,8 +756,7 @@ def test_launches_are_those_planned(case, programs, gram, stride, batch, low, dt
     backward = OP._inverted_bottleneck_backward.body
     _, seen = watched(backward, torch.randn_like(out), x, *weights, *saved, *kept, *settings, "", "cuda")
     assert seen == plan["bwd"]
-    frozen = eps, [False] * 3, stride, residual
-    _, seen = watched(OP._inverted_bottleneck.body, x, *weights, *parts, *frozen, False, low, "", "cuda")
+    _, seen = watched(OP._infer.body, x, *weights, *parts, eps, stride, residual, "cuda")
     assert seen == plan["infer"]
     assert len(plan["infer"]) == 3
     if programs > 1:

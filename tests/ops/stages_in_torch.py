@@ -75,7 +75,15 @@ def residual_fwd(y3, affine3, x, out):
     out.copy_(v if x is None else v + x.double())
 
 
-def infer(x, w1, affine1, wd, affine2, w3, affine3, stride, residual, out):
+def known(weight, bias, mean, var, eps):
+    """Scale and shift of a norm by running statistics."""
+    scale = (var.double() + eps).rsqrt() * (1 if weight is None else weight.double())
+    return torch.stack((scale, (0 if bias is None else bias.double()) - mean.double() * scale))
+
+
+def infer(x, w1, wd, w3, *rest):
+    *norms, stride, residual, out = rest
+    affine1, affine2, affine3 = (known(*norms[i : i + 5]) for i in (0, 5, 10))
     v1 = affine(torch.einsum("bchw,ec->behw", x.double(), w1.double()), affine1)
     v2 = affine(_depthwise(F.relu6(v1), wd, stride), affine2)
     v3 = affine(torch.einsum("bchw,ec->behw", F.relu6(v2), w3.double()), affine3)

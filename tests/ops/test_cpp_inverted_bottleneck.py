@@ -238,10 +238,19 @@ def run(name: str, arguments: tuple, layout: str) -> tuple[Tensor, ...]:
         "expand_bwd": lambda: (like(arguments[3]), weight(4)),
     }[name]()
     before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    stage(name)(*arguments, *results)
+    given = as_norms(*arguments) if name == "infer" else arguments
+    stage(name)(*given, *results)
     assert all(map(walls_stand, results))
     assert all(same(a, b) for a, b in zip(arguments, before, strict=True) if isinstance(a, Tensor))
     return results
+
+
+def as_norms(x, w1, affine1, wd, affine2, w3, affine3, stride, residual) -> tuple:
+    """The arguments of inference, with norms whose scale and shift are these."""
+    norms = []
+    for scale, shift in (affine1, affine2, affine3):
+        norms += [scale, shift, torch.zeros_like(scale), torch.ones_like(scale), 0.0]
+    return x, w1, wd, w3, *norms, stride, residual
 
 
 def check(name: str, arguments: tuple, results: tuple[Tensor, ...], dtype: torch.dtype) -> None:
@@ -363,6 +372,34 @@ def test_batch_norms_where_no_stage_has_them():
         torch.testing.assert_close(dweight, sums[1] * rstd)
     with pytest.raises(RuntimeError, match="mean and var belong together"):
         run_fwd(mean, None, weight, bias, 0.1, first, *absent, *absent)
+
+
+@every_layout
+def test_inference_reads_norms_as_they_are(layout):
+    """In bf16 or fp32, each with or without weight and bias: the bits that scale and shift of the same numbers give."""
+    arguments = make((2, 24, 40, 24, 11, 9, 3, 1), torch.bfloat16, layout)["infer"]
+    x, w1, _, wd, _, w3, _, stride, residual = arguments
+    wide, narrow, affines = [], [], []
+    for i, width in enumerate((40, 40, 24)):
+        parts = [(torch.rand(width) + 0.5).bfloat16() for _ in range(4)]
+        given = [None if i == 1 else parts[0], None if i == 2 else parts[1], *parts[2:]]
+        narrow += [*given, 0.5]
+        wide += [*(part if part is None else part.float() for part in given), 0.5]
+        affine = empty((5, width), torch.float32)
+        absent = None, None, None, None, 0.0, None
+        weight, bias, mean, var, eps = wide[-5:]
+        torch.ops.fusekern_cpp.batch_norm_fwd(mean, var, weight, bias, eps, affine, *absent, *absent)
+        affines.append(affine[:2])
+    found = []
+    for norms in (narrow, wide):
+        found.append(empty(list(x.shape), torch.bfloat16, layout))
+        stage("infer")(x, w1, wd, w3, *norms, stride, residual, found[-1])
+    through_affines = run("infer", (x, w1, affines[0], wd, affines[1], w3, affines[2], stride, residual), layout)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], *through_affines)
+    mean = narrow[2]
+    for wrong in (mean[:-1], mean.double(), torch.stack([mean, mean], 1)[:, 0]):
+        with pytest.raises(RuntimeError):
+            stage("infer")(x, w1, wd, w3, *narrow[:2], wrong, *narrow[3:], stride, residual, found[0])
 
 
 @every_dtype
