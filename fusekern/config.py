@@ -223,6 +223,8 @@ class EvalConfig:
         flip: also the mirrored image.
         weights: ``auto`` takes the moving average where the checkpoint has one.
         precision: ``fp32`` or autocast.
+        backend: backend of the fusion layer's ops for ``eval`` and ``predict``; ``trained`` is the one of the recipe,
+            which may need another machine than this one if it was asked for by name.
     """
 
     mode: Literal["whole", "slide"] = field(default="whole", metadata=_NEUTRAL)
@@ -233,6 +235,9 @@ class EvalConfig:
     flip: bool = field(default=False, metadata=_NEUTRAL)
     weights: Literal["auto", "model", "ema"] = field(default="auto", metadata=_NEUTRAL)
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata=_NEUTRAL)
+    backend: Literal["trained", "auto", "reference", "cpp", "triton", "cuda"] = field(
+        default="trained", metadata=_NEUTRAL
+    )
 
 
 @dataclass(frozen=True)

@@ -217,13 +217,16 @@ def read_recipe(path: str | Path) -> Recipe:
     return recipes.from_dict(_parse_state(file.read_bytes(), file)["recipe"])
 
 
-def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.device = "cpu") -> LoadedSegmenter:
+def load_segmenter(
+    path: str | Path, weights: str = "auto", device: str | torch.device = "cpu", backend: str = "trained"
+) -> LoadedSegmenter:
     """Rebuilds a trained segmenter from a checkpoint's ``state.json`` and weights: no data set, no text tower.
 
     Args:
         path: run folder or checkpoint folder.
         weights: ``model``, ``ema``, or ``auto`` for the moving average where there is one.
         device: where the model goes.
+        backend: of the fusion layer's ops, ``trained`` for that of the checkpoint's recipe.
 
     Raises:
         FusekernError: as ``load``; the checkpoint has no moving average; its weights are not its recipe's.
@@ -236,7 +239,7 @@ def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.
     tensors = checkpoint.model if used == "model" else checkpoint.ema
     recipe = recipes.from_dict(checkpoint.state["recipe"])
     spec = spec_from_dict(checkpoint.state["dataset"])
-    model = rebuild(recipe, len(spec.names), tensors)
+    model = rebuild(recipe, len(spec.names), tensors, backend)
     load_weights(model, tensors, checkpoint.path / f"{used}.safetensors")
     text = checkpoint.state["text"]
     return LoadedSegmenter(
@@ -250,10 +253,13 @@ def load_segmenter(path: str | Path, weights: str = "auto", device: str | torch.
     )
 
 
-def rebuild(recipe: Recipe, classes: int, tensors: Mapping[str, Tensor]) -> Segmenter:
+def rebuild(recipe: Recipe, classes: int, tensors: Mapping[str, Tensor], backend: str = "trained") -> Segmenter:
     """The recipe's segmenter around the text embeddings among ``tensors``, its backbone without pretrained weights."""
     backbone = dataclasses.replace(recipe.model.backbone, weights="none")
-    config = dataclasses.replace(recipe.model, backbone=backbone)
+    guidance = recipe.model.guidance
+    if backend != "trained":
+        guidance = dataclasses.replace(guidance, backend=backend)
+    config = dataclasses.replace(recipe.model, backbone=backbone, guidance=guidance)
     return build_segmenter(config, recipe.data, classes, tensors.get("text"), seed=recipe.train.seed)
 
 

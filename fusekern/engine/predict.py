@@ -137,7 +137,7 @@ def load_for_test(
 ) -> tuple[LoadedSegmenter, EvalConfig]:
     """A checkpoint with the weights that the protocol asks for; the protocol defaults to that of its recipe."""
     config = config or read_recipe(path).eval
-    return load_segmenter(path, config.weights, device), config
+    return load_segmenter(path, config.weights, device, config.backend), config
 
 
 def _images(path: Path) -> list[Path]:

@@ -1,8 +1,8 @@
+import dataclasses
 import json
 import pickle
 import resource
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from run_training import micro_recipe
 from torch import nn
 
 from fusekern import recipes
+from fusekern.backends import BACKENDS
 from fusekern.data.spec import DatasetSpec, load_spec
 from fusekern.engine import checkpoint as checkpoints
 from fusekern.engine.optim import load_optimizer, optimizer_tensors
+from fusekern.engine.predict import load_for_test
 from fusekern.engine.train import train
 from fusekern.errors import FusekernError
 
@@ -163,7 +165,7 @@ def test_load_segmenter_takes_the_average_unless_told(run, data):
     assert (loaded.weights_used, loaded.step, loaded.text_source) == ("ema", 2, "hash vectors")
     assert loaded.language_prior is False and not loaded.model.training
     assert loaded.recipe == micro_recipe(data, train__steps=2, train__ema=0.5)
-    assert asdict(loaded.spec) == asdict(load_spec(data / "dataset.yaml"))
+    assert dataclasses.asdict(loaded.spec) == dataclasses.asdict(load_spec(data / "dataset.yaml"))
     raw = checkpoints.load_segmenter(checkpoints.find(run), weights="model")
     assert raw.weights_used == "model"
     files = checkpoints.load(run)
@@ -183,6 +185,31 @@ def test_load_segmenter_needs_neither_data_nor_text_nor_pretrained_weights(run, 
     with torch.no_grad():
         here, there = (checkpoints.load_segmenter(p).model(image).logits for p in (run, path))
     assert torch.equal(here, there)
+
+
+def test_load_segmenter_with_another_backend(run, tmp_path, monkeypatch):
+    """A checkpoint trained by a backend asked for by name, where there is none of this name."""
+    path = shutil.copytree(checkpoints.find(run), tmp_path / "step-00000002")
+    state = json.loads((path / "state.json").read_text())
+    state["recipe"]["model"]["guidance"]["backend"] = "cpp"
+    (path / "state.json").write_text(json.dumps(state))
+    monkeypatch.setitem(BACKENDS, "cpp", dataclasses.replace(BACKENDS["cpp"], missing="it was not built"))
+    image = torch.rand(1, 3, 70, 50)
+    with pytest.raises(FusekernError, match="backend 'cpp' cannot run .*: it was not built"):
+        checkpoints.load_segmenter(path).model(image)
+    with torch.no_grad():
+        trained, other = (checkpoints.load_segmenter(p, backend="auto") for p in (run, path))
+        assert torch.equal(trained.model(image).logits, other.model(image).logits)
+    assert other.recipe.model.guidance.backend == "cpp"
+    config = dataclasses.replace(other.recipe.eval, backend="reference")
+    found, _ = load_for_test(path, config, torch.device("cpu"))
+    assert {m.backend for m in found.model.modules() if hasattr(m, "backend")} == {"reference"}
+    (path / "state.json").write_text(json.dumps({**state, "recipe": _without(state["recipe"], "backend")}))
+    assert checkpoints.load_segmenter(path).recipe.eval.backend == "trained"  # one of before there was the key
+
+
+def _without(recipe, key):
+    return {**recipe, "eval": {name: value for name, value in recipe["eval"].items() if name != key}}
 
 
 def test_load_segmenter_without_an_average(data, tmp_path):
