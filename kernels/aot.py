@@ -23,7 +23,7 @@ import sys
 import tempfile
 import tokenize
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -83,6 +83,34 @@ class Case:
     num_stages: int = 2
     maxnreg: int | None = None
     archs: tuple[int, ...] = ARCHS
+
+    @classmethod
+    def of(
+        cls,
+        kernel: JITFunction,
+        name: str,
+        constexprs: Mapping[str, object],
+        types: Mapping[str, str],
+        *setting: int | None,
+        usual: str = "i32",
+        odd: tuple[str, ...] = (),
+    ) -> Case:
+        """A case from tables that an op's kernels share, and may have what this one does not take.
+
+        Args:
+            types: ``usual`` is the type of an argument that is not among them.
+            setting: warps, stages and registers.
+            odd: how names of arguments begin that are no multiples of 16.
+        """
+        given = [param for param in kernel.params if param.name not in constexprs]
+        return cls(
+            kernel,
+            name,
+            {param.name: types.get(param.name, usual) for param in given},
+            {key: value for key, value in constexprs.items() if key in kernel.arg_names},
+            tuple(param.name for param in given if not (param.do_not_specialize or param.name.startswith(odd))),
+            *setting,
+        )
 
 
 @dataclass(frozen=True)

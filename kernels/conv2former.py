@@ -328,17 +328,8 @@ def _case(
     types |= dict.fromkeys(("lse", "delta", "peak", "mass", "partial"), "*fp32") | {"scale": "fp32"}
     for key, value in more.items():
         (types if key in types else constexprs)[key] = value
-    params = [param for param in kernel.params if param.name not in constexprs]
     number = ("odd " if kind.startswith("odd") else "") + (constexprs["PRECISION"] if dtype == "fp32" else dtype)
     # The number of tokens matters where they lie side by side.
     odd = ("N", "s_") if kind.startswith("odd") else () if layout == "nchw" else ("N",)
-    divisible = [p.name for p in params if not p.do_not_specialize and p.name != "scale" and not p.name.startswith(odd)]
-    return Case(
-        kernel,
-        f"{name} {number} {width} {layout}",
-        {param.name: types.get(param.name, "i32") for param in params},
-        {key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        tuple(divisible),
-        tile.warps,
-        tile.stages,
-    )
+    name = f"{name} {number} {width} {layout}"
+    return Case.of(kernel, name, constexprs, types, tile.warps, tile.stages, odd=("scale", *odd))

@@ -559,15 +559,5 @@ def _case(
     types = dict.fromkeys(pointers, "*fp32" if dtype in ("ieee", "tf32") else f"*{dtype}") | {"partial": "*fp32"}
     for key, value in more.items():
         (types if key in types else constexprs)[key] = value
-    params = [param for param in kernel.params if param.name not in constexprs]
-    odd = "s_" if not last or C % 16 else "none"
-    divisible = [param.name for param in params if not (param.do_not_specialize or param.name.startswith(odd))]
-    return Case(
-        kernel,
-        f"{name} {dtype} {C} {layout}",
-        {param.name: types.get(param.name, "i32") for param in params},
-        {key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        tuple(divisible),
-        tile.warps,
-        tile.stages,
-    )
+    odd = ("s_",) if not last or C % 16 else ()
+    return Case.of(kernel, f"{name} {dtype} {C} {layout}", constexprs, types, tile.warps, tile.stages, odd=odd)

@@ -560,19 +560,9 @@ def _case(name: str, kernel: JITFunction, dtype: str, channels: int, tile: Tile 
         "PRECISION": dtype if fp32 else "ieee",
         **more,
     }
-    params = [param for param in kernel.params if param.name not in constexprs]
     integers = ("rows", "count", "heads", "blocks", "tiles", "run", "parts", "s_b", "s_k")
     types = dict.fromkeys(integers, "i32") | dict.fromkeys(("eps", "scale"), "fp32")
     types |= dict.fromkeys(("partial", "moments", "lse"), "*fp32") | {"counters": "*i32"}
     usual = "*fp32" if fp32 else f"*{dtype}"
-    divisible = [param.name for param in params if not param.do_not_specialize and param.name != "scale"]
-    return Case(
-        kernel,
-        name,
-        {param.name: types.get(param.name, usual) for param in params},
-        {key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        tuple(name for name in divisible if channels % 16 == 0 or not name.startswith("s_")),
-        tile.warps,
-        tile.stages,
-        tile.registers,
-    )
+    odd, setting = ("scale",) if channels % 16 == 0 else ("scale", "s_"), (tile.warps, tile.stages, tile.registers)
+    return Case.of(kernel, name, constexprs, types, *setting, usual=usual, odd=odd)

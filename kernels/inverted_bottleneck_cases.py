@@ -133,16 +133,5 @@ def _case(
         parameters = "gamma", "dweight", "dbias"
     types |= dict.fromkeys(parameters, "*fp32" if fp32 else f"*{norms}")
     types |= dict.fromkeys(("fresh", "arrived"), "*i32") | dict.fromkeys(("eps", "eps_out", "count"), "fp32")
-    params = [param for param in kernel.params if param.name not in constexprs]
-    odd = "s_" if not last or C % 16 else "none"
-    divisible = [param.name for param in params if not (param.do_not_specialize or param.name.startswith(odd))]
-    return Case(
-        kernel,
-        f"{name} {dtype} {C} {layout}",
-        {param.name: types.get(param.name, "i32") for param in params},
-        {key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        tuple(divisible),
-        tile.warps,
-        tile.stages,
-        tile.registers,
-    )
+    odd, setting = ("s_",) if not last or C % 16 else (), (tile.warps, tile.stages, tile.registers)
+    return Case.of(kernel, f"{name} {dtype} {C} {layout}", constexprs, types, *setting, odd=odd)
