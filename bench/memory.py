@@ -143,20 +143,15 @@ def on_a_gpu_without_kernels() -> Iterator[None]:
 
 
 def table(rows: Sequence[dict]) -> list[str]:
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:.0f}" if count >= 1e9 else f"{count / 1e6:.3g}"
+
     lines = ["| | B,C,H,K | expansion | `memory` | fusekern, MB | eager, MB | share | goal | |", "|" + "---|" * 9]
     for row in rows:
         share, goal = row["bytes"] / row["eager_bytes"], row["goal"]
         cells = [row["subject"], row["shape"], str(row["expansion"]), row["memory"]]
-        cells += [
-            *(
-                f"{row[key] / 1e6:.0f}" if row[key] >= 1e9 else f"{row[key] / 1e6:.3g}"
-                for key in ("bytes", "eager_bytes")
-            )
-        ]
-        cells += [
-            f"{share:.3f}",
-            *(("-", "") if goal is None else (f"{goal:.2f}", "met" if share <= goal else "missed")),
-        ]
+        cells += [megabytes(row["bytes"]), megabytes(row["eager_bytes"]), f"{share:.3f}"]
+        cells += ["-", ""] if goal is None else [f"{goal:.2f}", "met" if share <= goal else "missed"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

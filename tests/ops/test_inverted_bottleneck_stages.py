@@ -143,6 +143,13 @@ def test_opcheck(stages, batch, learning, low):
     torch.library.opcheck(torch.ops.fusekern.inverted_bottleneck, (*arguments, learning, low, "", "cpp"))
 
 
+def test_opcheck_of_inference(stages):
+    image, weights, vectors = make(dtype=torch.float32)
+    parts = [part for weight, bias, mean, var in vectors for part in (weight, None, mean, var)]
+    arguments = image, *weights, *parts, [0.1] * 3, 1, True, "cpp"
+    torch.library.opcheck(torch.ops.fusekern.inverted_bottleneck_infer, arguments)
+
+
 def test_a_second_derivative_is_refused_by_name(stages):
     image, weights, vectors = make()
     image.requires_grad_()
