@@ -46,7 +46,7 @@ class KernelOp:
             return self.op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-# Whatever else there is among an op's arguments may be a tensor that overrides what is done with it. Lists are of numbers.
+# Lists are of numbers. What else there is among an op's arguments may be a tensor that overrides what is done with it.
 _PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)}
 
 
