@@ -7,6 +7,8 @@ backward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 
 import torch
 from torch._ops import OpOverload
@@ -46,18 +48,33 @@ class KernelOp:
             return self.op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
+# All keys of a tensor but those of memory on a CPU or a GPU, of gradients and of autocast, as bits.
+_OTHER = ~reduce(
+    or_,
+    [
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr()
+        for key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
+    ],
+)
+
+
 # Lists are of numbers. What else there is among an op's arguments may be a tensor that overrides what is done with it.
 _PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)}
 
 
 def _somebody_listens(arguments: tuple[object, ...]) -> bool:
-    """Would the dispatcher do more than call the body? So it would under a trace, a mode, a profile or a subclass."""
+    """Would the dispatcher do more than call the body?
+
+    So it would under a trace, a mode, a profile or ``vmap``, as of ``is_grads_batched``, for a subclass, and for a
+    tensor whose numbers are to be read with the other sign.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, arguments))
+        or any([torch._C._dispatch_keys(it).raw_repr() & _OTHER for it in arguments if isinstance(it, torch.Tensor)])
     )
 
 

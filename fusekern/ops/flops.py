@@ -84,15 +84,24 @@ def downsample_backward(grad, *rest, **keywords) -> int:
     return 36 * prod(grad) * grad[1]
 
 
-@register_flop_formula([_fusekern.inverted_bottleneck, _fusekern.inverted_bottleneck_infer])
-def inverted_bottleneck(image, expand, depthwise, project, *rest, **keywords) -> int:
-    """2 (N C E + M E k^2 + M E O) with N pixels before and M after the depthwise convolution."""
+def _bottleneck(image, depthwise, project, stride: int) -> int:
     batch, channels, height, width = image
-    stride = rest[13 if isinstance(rest[13], int) else 14]  # behind eps and, of the first, batch
     before = batch * height * width
     after = batch * -(-height // stride) * -(-width // stride)
     hidden, _, size, _ = depthwise
     return 2 * hidden * (before * channels + after * (size**2 + project[0]))
+
+
+@register_flop_formula(_fusekern.inverted_bottleneck)
+def inverted_bottleneck(image, expand, depthwise, project, *rest, **keywords) -> int:
+    """2 (N C E + M E k^2 + M E O) with N pixels before and M after the depthwise convolution."""
+    return _bottleneck(image, depthwise, project, rest[14])
+
+
+@register_flop_formula(_fusekern.inverted_bottleneck_infer)
+def inverted_bottleneck_infer(image, expand, depthwise, project, *rest, **keywords) -> int:
+    """The same."""
+    return _bottleneck(image, depthwise, project, rest[13])
 
 
 @register_flop_formula(_fusekern.inverted_bottleneck_backward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusekern import ops
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 
 CALLS = []
@@ -121,6 +124,34 @@ def test_a_subclass_sees_it(image, where):
     Tagged.found.clear()
     scaled(*arguments)
     assert Tagged.found[0] == NAME
+
+
+def test_batched_gradients():
+    """PyTorch's ``vmap`` calls an op for one gradient after the other; the body would get a tensor without memory."""
+    grads, key, value = torch.randn(4, 2, 6, 3, 3), *torch.randn(2, 2, 5, 6)
+    maps = torch.randn(2, 6, 3, 3, requires_grad=True)
+    for backend in ("auto", "reference"):
+        result = ops.former2conv(maps, key, value, heads=2, backend=backend)
+        one = partial(torch.autograd.grad, result, maps, retain_graph=True)
+        (found,) = one(grads, is_grads_batched=True)
+        torch.testing.assert_close(found, torch.stack([one(grad)[0] for grad in grads]))
+
+
+@pytest.mark.parametrize("of", [Tensor, nn.Parameter])
+def test_numbers_of_the_other_sign_are_made_so(image, of):
+    seen = []
+    turned = torch._neg_view(image) if of is Tensor else nn.Parameter(torch._neg_view(image), requires_grad=False)
+    assert turned.is_neg()
+
+    def look(tensor, weight):
+        seen.append(tensor.is_neg())
+        return tensor.clone()
+
+    body, scaled.body = scaled.body, look
+    try:
+        assert torch.equal(scaled(turned, None), -2 * image) and not seen
+    finally:
+        scaled.body = body
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
