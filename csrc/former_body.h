@@ -68,22 +68,19 @@ static void sum_rows(const T* x, int64_t rows, int64_t columns, int64_t ld, floa
   });
 }
 
-// f of matrices of fp32 or bf16
-template <class F>
-FUSEKERN_INLINE void of_type(bool is_bf16, const F& f) {
-  is_bf16 ? f(bf16()) : f(float());
-}
-
 }  // namespace text
 
-void former_norm(const FormerNorm& n) { n.bf16 ? text::norm<bf16>(n) : text::norm<float>(n); }
+void former_norm(const FormerNorm& n) {
+  with_type(n.bf16, [&]<class T>(T) { text::norm<T>(n); });
+}
 
-void former_norm_bwd(const FormerNormBackward& n) { n.bf16 ? text::norm_bwd<bf16>(n) : text::norm_bwd<float>(n); }
+void former_norm_bwd(const FormerNormBackward& n) {
+  with_type(n.bf16, [&]<class T>(T) { text::norm_bwd<T>(n); });
+}
 
 void former_gelu(const void* x, int64_t count, void* out, bool is_bf16) {
   using namespace text;
-  of_type(is_bf16, [&](auto type) {
-    typedef decltype(type) T;
+  with_type(is_bf16, [&]<class T>(T) {
     each(count, [&](int64_t i, Lanes lanes) {
       store(static_cast<T*>(out) + i, gelu(load(static_cast<const T*>(x) + i, lanes)), lanes);
     });
@@ -92,8 +89,7 @@ void former_gelu(const void* x, int64_t count, void* out, bool is_bf16) {
 
 void former_gelu_bwd(const void* x, int64_t count, void* d, bool is_bf16) {
   using namespace text;
-  of_type(is_bf16, [&](auto type) {
-    typedef decltype(type) T;
+  with_type(is_bf16, [&]<class T>(T) {
     each(count, [&](int64_t i, Lanes lanes) {
       T* const to = static_cast<T*>(d) + i;
       store(to, load(to, lanes) * gelu_slope(load(static_cast<const T*>(x) + i, lanes)), lanes);

@@ -64,10 +64,10 @@ FUSEKERN_BODY(
 
     // Fills in the floats.
     void bottleneck_depthwise_plan(BottleneckDepthwise& op);
-    // An item of one image: rows begin to end - 1 of relu6(affine2 y2), when those rows of y1 below `staged` that they
-    // need are in the ring.
-    void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t item, int64_t staged, int64_t begin,
-                                   int64_t end, float* ring, float* scratch);
+    // Of one image rows begin to end - 1 of relu6(affine2 y2), when those rows of y1 below `staged` that they need are
+    // in the rings, one for each block of channels.
+    void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t staged, int64_t begin, int64_t end,
+                                   float* rings, float* scratch);
     // All rows of all images; items are blocks of channels.
     void bottleneck_depthwise_fwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch);
     void bottleneck_depthwise_bwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch);)

@@ -48,36 +48,59 @@ struct Block {
     fill(scale2, op.affine2), fill(shift2, op.affine2 == nullptr ? nullptr : op.affine2 + op.pitch);
     const auto part = [&](int i) { return op.coef2 == nullptr ? nullptr : op.coef2 + i * op.pitch; };
     fill(p, part(0)), fill(q, part(1)), fill(r, part(2)), fill(mean2, part(3));
-    const T* const from = static_cast<const T*>(op.wd) + c0 * k * k;
-    for (int64_t c = 0; c < n * W; ++c)
-      for (int64_t t = 0; t < k * k; ++t) wd[t * n * W + c] = c < channels ? get(from + c * k * k + t) : 0.f;
+    each_tap(static_cast<const T*>(op.wd), [&](const T* from, int64_t t, Lanes taps, int64_t v, int64_t some) {
+      V tile[W];
+      for (int64_t c = 0; c < W; ++c) tile[c] = c < some ? load(from + c * k * k, taps) : zero();
+      transpose(tile);
+      for (int64_t i = 0; i < least(W, k * k - t); ++i) store(wd + (t + i) * n * W + v * W, tile[i]);
+    });
     for (int64_t c = 0; c < n * W; c += W) store(mean + c, zero()), store(squares + c, zero());
     for (int64_t c = 0; c < k * k * n * W; c += W) store(dwd + c, zero());
     for (int64_t i = 0; i < wide; i += W) store(zeros + i, zero());
   }
 
+  // f(what lies at tap t of channel v W, t, the taps from there on, v, channels) for weights [channels][k][k].
+  template <class T, class F>
+  void each_tap(T* weights, F f) const {
+    for (int64_t v = 0; v < n; ++v)
+      for (int64_t t = 0; t < k * k; t += W)
+        f(weights + (c0 + v * W) * k * k + t, t, first(k * k - t), v, least(W, channels - v * W));
+  }
+
   int64_t ring_row() const { return n * wide; }
 };
 
-// f(group, pixel, vectors) for a row of `width` pixels of M maps alike, read from the data given.
+// f(group)(pixel, vectors) for a row of `width` pixels of M maps alike, read from the data given.
 template <class T, int M, class F>
 FUSEKERN_INLINE void each_in(const Block& block, bool rows, const Map& map, const T* const (&data)[M], int64_t width,
                              F f) {
+  const int64_t n = block.n, channels = block.channels, column = map.column;
   V values[M];
   if (rows) {
-    const Lanes lanes = first(block.channels - (block.n - 1) * W);
-    for (int64_t x = 0; x < width; ++x) {
-      const int64_t at = x * map.column;
-      for (int64_t v = 0; v < block.n - 1; ++v) {
-        for (int m = 0; m < M; ++m) values[m] = load(data[m] + at + v * W);
-        f(v, x, values);
+    // What f(group) holds serves a few pixels.
+    const auto some = [&]<int N, bool WHOLE>(const T* const* from, int64_t x, int64_t v)
+        __attribute__((always_inline)) {
+      const Lanes lanes = first(channels - v * W);
+      const auto put = f(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        for (int m = 0; m < M; ++m) values[m] = read<WHOLE>(from[m] + i * column + v * W, lanes);
+        put(x + i, values);
       }
-      for (int m = 0; m < M; ++m) values[m] = load(data[m] + at + (block.n - 1) * W, lanes);
-      f(block.n - 1, x, values);
-    }
+    };
+    const auto across = [&]<int N>(int64_t x) __attribute__((always_inline)) {
+      const T* from[M];
+      for (int m = 0; m < M; ++m) from[m] = data[m] + x * column;
+      for (int64_t v = 0; v < n - 1; ++v) some.template operator()<N, true>(from, x, v);
+      some.template operator()<N, false>(from, x, n - 1);
+    };
+    int64_t x = 0;
+    for (; x + 4 <= width; x += 4) across.template operator()<4>(x);
+    for (; x < width; ++x) across.template operator()<1>(x);
     return;
   }
-  for (int64_t v = 0; v < block.n; ++v)
+  for (int64_t v = 0; v < n; ++v) {
+    const auto put = f(v);
     for (int64_t x = 0; x < width; x += W) {
       V tiles[M][W];
       for (int m = 0; m < M; ++m) {
@@ -89,29 +112,33 @@ FUSEKERN_INLINE void each_in(const Block& block, bool rows, const Map& map, cons
       }
       for (int64_t i = 0; i < least(W, width - x); ++i) {
         for (int m = 0; m < M; ++m) values[m] = tiles[m][i];
-        f(v, x + i, values);
+        put(x + i, values);
       }
     }
+  }
 }
 
-// The other way: a row of `width` pixels becomes f(group, pixel).
-template <class T, class F>
-FUSEKERN_INLINE void each_out(const Block& block, bool rows, const Map& map, T* data, int64_t width, F f) {
+// The other way: what lies in block.line, [group][pixel], becomes a row of `width` pixels.
+template <class T>
+FUSEKERN_INLINE void put_line(const Block& block, bool rows, const Map& map, T* data, int64_t width) {
+  const int64_t n = block.n, channels = block.channels, column = map.column;
+  const float* const line = block.line;
   if (rows) {
-    const Lanes lanes = first(block.channels - (block.n - 1) * W);
-    for (int64_t x = 0; x < width; ++x) {
-      T* const to = data + x * map.column;
-      for (int64_t v = 0; v < block.n - 1; ++v) store(to + v * W, f(v, x));
-      store(to + (block.n - 1) * W, f(block.n - 1, x), lanes);
+    const Lanes lanes = first(channels - (n - 1) * W);
+    for (int64_t x = 0; x < width; ++x, data += column) {
+      const float* from = line + x * W;
+      T* to = data;
+      for (int64_t v = 0; v < n - 1; ++v, from += width * W, to += W) store(to, load(from));
+      store(to, load(from), lanes);
     }
     return;
   }
-  for (int64_t v = 0; v < block.n; ++v)
+  for (int64_t v = 0; v < n; ++v)
     for (int64_t x = 0; x < width; x += W) {
       V tile[W];
-      for (int64_t i = 0; i < W; ++i) tile[i] = x + i < width ? f(v, x + i) : zero();
+      for (int64_t i = 0; i < W; ++i) tile[i] = x + i < width ? load(line + (v * width + x + i) * W) : zero();
       transpose(tile);
-      for (int64_t c = 0; c < least(W, block.channels - v * W); ++c)
+      for (int64_t c = 0; c < least(W, channels - v * W); ++c)
         store(data + (v * W + c) * map.channel + x * map.column, tile[c], first(width - x));
     }
 }
@@ -121,85 +148,102 @@ FUSEKERN_INLINE T* row_of(const Map& map, int64_t b, int64_t y, int64_t c0) {
   return static_cast<T*>(map.data) + b * map.batch + y * map.row + c0 * map.channel;
 }
 
-// N pixels of the result side by side. A row lies [S][columns / S][W]: what a tap meets lies side by side too.
-template <int K, int S, int N>
-FUSEKERN_INLINE void filter(const float* const* rows, int64_t x, int64_t phase, const V* wd, float* to) {
+// put(pixel, value) for N pixels of the result side by side. A row lies [S][columns / S][W]: what a tap meets lies side
+// by side too.
+template <int K, int S, int N, class F>
+FUSEKERN_INLINE void filter(const float* const* rows, int64_t x, int64_t phase, const V* wd, F put) {
   V sums[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) sums[i] = zero();
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int o = 0; o < (N - 1) * S + K; ++o) {
-      const V value = load(rows[i] + o % S * phase + (x + o / S) * W);
+      const V value = in_register(load(rows[i] + o % S * phase + (x + o / S) * W));
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j)
         if (o - j * S >= 0 && o - j * S < K) sums[j] = fma(wd[i * K + o - j * S], value, sums[j]);
     }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) store(to + (x + i) * W, sums[i]);
+  for (int i = 0; i < N; ++i) put(x + i, sums[i]);
 }
 
 template <class T, int K, int S>
 static void forward_rows(const BottleneckDepthwise& op, const Block& block, int64_t b, int64_t staged, int64_t begin,
                          int64_t end, float* ring, bool count) {
-  const int64_t pad = K / 2, phase = block.wide / S, size = block.n * W;
+  // Copies of what loops read, which no store can change.
+  const int64_t pad = K / 2, wide = block.wide, phase = wide / S, n = block.n, size = n * W, width = op.w;
+  const int64_t column1 = op.y1.column, column2 = op.y2.column;
+  const bool in_rows = op.rows;
   if (staged == 0)
     for (int64_t i = 0; i < K * block.ring_row(); i += W) store(ring + i, zero());
   for (int64_t y = begin; y < end; ++y) {
     for (; staged < least(op.H, y * S + K - pad); ++staged) {
       float* const to = ring + staged % K * block.ring_row();
       const T* const from[1] = {row_of<const T>(op.y1, b, staged, block.c0)};
-      each_in(block, op.rows, op.y1, from, op.W, [&](int64_t v, int64_t x, const V* values) {
-        const V activated = relu6(fma(load(block.scale1 + v * W), values[0], load(block.shift1 + v * W)));
-        store(to + v * block.wide + (x + pad) % S * phase + (x + pad) / S * W, activated);
+      each_in(block, op.rows, op.y1, from, op.W, [&](int64_t v) {
+        const V scale = load(block.scale1 + v * W), shift = load(block.shift1 + v * W);
+        float* const row = to + v * wide;
+        return [scale, shift, row, phase](int64_t x, const V* values) {
+          store(row + (x + pad) % S * phase + (x + pad) / S * W, relu6(fma(scale, values[0], shift)));
+        };
       });
     }
-    for (int64_t v = 0; v < block.n; ++v) {
+    for (int64_t v = 0; v < n; ++v) {
       const float* rows[K];
       V wd[K * K];
 #pragma GCC unroll 25
       for (int t = 0; t < K * K; ++t) wd[t] = load(block.wd + t * size + v * W);
       for (int i = 0; i < K; ++i) {
         const int64_t from = y * S + i - pad;
-        rows[i] = from < 0 || from >= op.H ? block.zeros : ring + from % K * block.ring_row() + v * block.wide;
+        rows[i] = from < 0 || from >= op.H ? block.zeros : ring + from % K * block.ring_row() + v * wide;
       }
-      float* const line = block.line + v * op.w * W;
+      float* const line = block.line + v * width * W;
       // While this is at work, the next row may come.
       const T* const next = row_of<const T>(op.y1, b, staged, block.c0) + v * W * op.y1.channel;
       const T* const into = row_of<const T>(op.y2, b, y, block.c0) + v * W * op.y2.channel;
-      int64_t x = 0;
-      for (; x + 4 <= op.w; x += 4) {
-        if (op.rows)
-          for (int64_t i = x * S; i < (x + 4) * S; ++i) prefetch(next + i * op.y1.column);
-        if (op.rows)
-          for (int64_t i = x; i < x + 4; ++i) prefetch(into + i * op.y2.column);
-        filter<K, S, 4>(rows, x, phase, wd, line);
-      }
-      for (; x < op.w; ++x) filter<K, S, 1>(rows, x, phase, wd, line);
+      const auto along = [&](auto put) __attribute__((always_inline)) {
+        constexpr int N = K == 3 ? 8 : 4;
+        int64_t x = 0;
+        const auto some = [&]<int M>() __attribute__((always_inline)) {
+          for (; x + M <= width; x += M) {
+            if (in_rows)
+              for (int64_t i = x * S; i < (x + M) * S; ++i) prefetch(next + i * column1);
+            if (in_rows)
+              for (int64_t i = x; i < x + M; ++i) prefetch(into + i * column2);
+            filter<K, S, M>(rows, x, phase, wd, put);
+          }
+        };
+        some.template operator()<N>();
+        some.template operator()<1>();
+      };
       if (count) {
-        if (b == 0 && y == 0) store(block.shift + v * W, load(line));
+        if (b == 0 && y == 0)
+          filter<K, S, 1>(rows, 0, phase, wd, [&](int64_t, V value) { store(block.shift + v * W, value); });
         const V shift = load(block.shift + v * W);
         V total[4] = {zero(), zero(), zero(), zero()}, apart[4] = {zero(), zero(), zero(), zero()};
-        for (x = 0; x < op.w; ++x) total[x % 4] = total[x % 4] + (load(line + x * W) - shift);
-        const V middle = ((total[0] + total[1]) + (total[2] + total[3])) * set1(1.f / static_cast<float>(op.w));
-        for (x = 0; x < op.w; ++x) {
+        along([&](int64_t x, V value) __attribute__((always_inline)) {
+          store(line + x * W, value);
+          total[x % 4] = total[x % 4] + (value - shift);
+        });
+        const V middle = ((total[0] + total[1]) + (total[2] + total[3])) * set1(1.f / static_cast<float>(width));
+        for (int64_t x = 0; x < width; ++x) {
           const V distance = load(line + x * W) - shift - middle;
           apart[x % 4] = fma(distance, distance, apart[x % 4]);
         }
         V mean = load(block.mean + v * W), squares = load(block.squares + v * W);
-        join(mean, squares, (b * op.h + y) * op.w, middle, (apart[0] + apart[1]) + (apart[2] + apart[3]), op.w);
+        join(mean, squares, (b * op.h + y) * width, middle, (apart[0] + apart[1]) + (apart[2] + apart[3]), width);
         store(block.mean + v * W, mean), store(block.squares + v * W, squares);
+      } else if (op.affine2 == nullptr) {
+        along([&](int64_t x, V value) __attribute__((always_inline)) { store(line + x * W, value); });
+      } else {
+        const V scale = load(block.scale2 + v * W), shift = load(block.shift2 + v * W);
+        along([&](int64_t x, V value) __attribute__((always_inline)) {
+          store(line + x * W, relu6(fma(scale, value, shift)));
+        });
       }
     }
-    T* const to = row_of<T>(op.y2, b, y, block.c0);
-    const auto result = [&](int64_t v, int64_t x) { return load(block.line + (v * op.w + x) * W); };
-    if (op.affine2 == nullptr)
-      each_out(block, op.rows, op.y2, to, op.w, result);
-    else
-      each_out(block, op.rows, op.y2, to, op.w, [&](int64_t v, int64_t x) {
-        return relu6(fma(load(block.scale2 + v * W), result(v, x), load(block.shift2 + v * W)));
-      });
+    put_line(block, op.rows, op.y2, row_of<T>(op.y2, b, y, block.c0), op.w);
   }
 }
 
@@ -216,13 +260,9 @@ FUSEKERN_INLINE void forward(const BottleneckDepthwise& op, Rest&&... rest) {
 template <int K, int N>
 FUSEKERN_INLINE void filter_back(const float* const* rows, int64_t x, const V* wd, V* dwd, V scale, V shift, V mean,
                                  V* sums, float* line) {
-  V d[N], a[N], v[N], y[N];
+  V d[N], a[N];
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) {
-    y[i] = load(line + (x + i) * W);
-    v[i] = fma(scale, y[i], shift);
-    a[i] = relu6(v[i]), d[i] = zero();
-  }
+  for (int i = 0; i < N; ++i) a[i] = relu6(fma(scale, load(line + (x + i) * W), shift)), d[i] = zero();
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
 #pragma GCC unroll 8
@@ -238,9 +278,10 @@ FUSEKERN_INLINE void filter_back(const float* const* rows, int64_t x, const V* w
     }
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
-    d[i] = masked(d[i], v[i]);
+    const V y = load(line + (x + i) * W);
+    d[i] = masked(d[i], fma(scale, y, shift));
     sums[0] = sums[0] + d[i];
-    sums[1] = fma(d[i], y[i] - mean, sums[1]);
+    sums[1] = fma(d[i], y - mean, sums[1]);
     store(line + (x + i) * W, d[i]);
   }
 }
@@ -279,15 +320,20 @@ static void backward_image(const BottleneckDepthwise& op, const Block& block, in
       float* const to = ring + staged % K * block.ring_row();
       const T* const from[2] = {row_of<const T>(op.dz, b, staged, block.c0),
                                 row_of<const T>(op.y2, b, staged, block.c0)};
-      each_in(block, op.rows, op.y2, from, op.w, [&](int64_t v, int64_t x, const V* values) {
+      each_in(block, op.rows, op.y2, from, op.w, [&](int64_t v) {
         const auto at = [&](const float* vector) { return load(vector + v * W); };
-        store(to + v * block.wide + (x + pad) * W,
-              through_norm(at(block.p), at(block.q), at(block.r), at(block.mean2), values[0], values[1]));
+        const V p = at(block.p), q = at(block.q), r = at(block.r), mean = at(block.mean2);
+        float* const row = to + v * block.wide + pad * W;
+        return [=](int64_t x, const V* values) {
+          store(row + x * W, through_norm(p, q, r, mean, values[0], values[1]));
+        };
       });
     }
     const T* const from[1] = {row_of<const T>(op.y1, b, y, block.c0)};
-    each_in(block, op.rows, op.y1, from, op.W,
-            [&](int64_t v, int64_t x, const V* values) { store(block.line + (v * op.W + x) * W, values[0]); });
+    each_in(block, op.rows, op.y1, from, op.W, [&](int64_t v) {
+      float* const line = block.line + v * op.W * W;
+      return [=](int64_t x, const V* values) { store(line + x * W, values[0]); };
+    });
     for (int64_t v = 0; v < block.n; ++v) {
       V wd[K * K], dwd[K * K], sums[2] = {zero(), zero()};
 #pragma GCC unroll 25
@@ -324,8 +370,7 @@ static void backward_image(const BottleneckDepthwise& op, const Block& block, in
       store(block.mean + v * W, load(block.mean + v * W) + sums[0]);
       store(block.squares + v * W, load(block.squares + v * W) + sums[1]);
     }
-    each_out(block, op.rows, op.d, row_of<T>(op.d, b, y, block.c0), op.W,
-             [&](int64_t v, int64_t x) { return load(block.line + (v * op.W + x) * W); });
+    put_line(block, op.rows, op.d, row_of<T>(op.d, b, y, block.c0), op.W);
   }
 }
 
@@ -347,9 +392,12 @@ static void backward(const BottleneckDepthwise& op, int64_t item, float* ring, f
     for (int64_t i = 0; i < taps * size; i += W) spoilt = fma(load(block.dwd + i), zero(), spoilt);
     if (sum(spoilt) != 0.f) run(exact);
   }
-  T* const dwd = static_cast<T*>(op.dwd) + block.c0 * taps;
-  for (int64_t c = 0; c < block.channels; ++c)
-    for (int64_t t = 0; t < taps; ++t) put(dwd + c * taps + t, block.dwd[t * size + c]);
+  block.each_tap(static_cast<T*>(op.dwd), [&](T* to, int64_t t, Lanes some_taps, int64_t v, int64_t some) {
+    V tile[W];
+    for (int64_t i = 0; i < W; ++i) tile[i] = t + i < taps ? load(block.dwd + (t + i) * size + v * W) : zero();
+    transpose(tile);
+    for (int64_t c = 0; c < some; ++c) store(to + c * taps, tile[c], some_taps);
+  });
   if (op.sums1 == nullptr) return;
   for (int64_t c = 0; c < block.channels; ++c)
     op.sums1[block.c0 + c] = block.mean[c], op.sums1[op.pitch + block.c0 + c] = block.squares[c];
@@ -374,29 +422,30 @@ void bottleneck_depthwise_plan(BottleneckDepthwise& op) {
   op.ring_floats = op.k * block.ring_row();
 }
 
-void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t item, int64_t staged, int64_t begin, int64_t end,
-                               float* ring, float* scratch) {
-  bottleneck::Block block;
-  block.lay_out(op, item, scratch);
-  if (op.bf16) {
-    block.fill<bf16>(op);
-    bottleneck::forward<bf16>(op, block, 0, staged, begin, end, ring, false);
-  } else {
-    block.fill<float>(op);
-    bottleneck::forward<float>(op, block, 0, staged, begin, end, ring, false);
-  }
+void bottleneck_depthwise_rows(const BottleneckDepthwise& op, int64_t staged, int64_t begin, int64_t end, float* rings,
+                               float* scratch) {
+  with_type(op.bf16, [&]<class T>(T) {
+    for (int64_t item = 0; item * op.block < op.channels; ++item) {
+      bottleneck::Block block;
+      block.lay_out(op, item, scratch);
+      block.fill<T>(op);
+      bottleneck::forward<T>(op, block, 0, staged, begin, end, rings + item * op.ring_floats, false);
+    }
+  });
 }
 
 void bottleneck_depthwise_fwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t item = begin; item < end; ++item)
-    (op.bf16 ? bottleneck::forward_all<bf16> : bottleneck::forward_all<float>)(op, item, scratch + op.scratch_floats,
-                                                                               scratch);
+  with_type(op.bf16, [&]<class T>(T) {
+    for (int64_t item = begin; item < end; ++item)
+      bottleneck::forward_all<T>(op, item, scratch + op.scratch_floats, scratch);
+  });
 }
 
 void bottleneck_depthwise_bwd(const BottleneckDepthwise& op, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t item = begin; item < end; ++item)
-    (op.bf16 ? bottleneck::backward<bf16> : bottleneck::backward<float>)(op, item, scratch + op.scratch_floats,
-                                                                         scratch);
+  with_type(op.bf16, [&]<class T>(T) {
+    for (int64_t item = begin; item < end; ++item)
+      bottleneck::backward<T>(op, item, scratch + op.scratch_floats, scratch);
+  });
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

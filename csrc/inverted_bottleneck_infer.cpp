@@ -7,6 +7,8 @@ namespace fusekern::stages {
 
 namespace {
 
+constexpr int64_t FILTER_CHANNELS = 128;  // channels at a time: their rows lie in the L1 cache or near it
+
 // A norm by running statistics.
 struct Known {
   const Vector& weight;  // [c] each, fp32 or bf16
@@ -69,9 +71,9 @@ void infer(const Tensor& x,   // [B, C, H, W]
 
   BottleneckDepthwise op{};
   op.bf16 = layout.bf16, op.rows = rows, op.B = 1, op.channels = E, op.H = H, op.W = W, op.h = h, op.w = w, op.k = k;
-  op.stride = stride, op.block = blocks.size, op.wd = wd.data_ptr(), op.pitch = E;
-  op.affine1 = affine1.data, op.affine2 = affine2.data;
+  op.stride = stride, op.block = std::min(blocks.size, FILTER_CHANNELS), op.pitch = E;
   FUSEKERN_PICK(bottleneck_depthwise_plan)(op);
+  const int64_t ring_floats = parts(blocks.size, op.block) * op.ring_floats;
 
   // As many images at a time as keep all threads busy; one thread projects each block while it is in the cache.
   const int64_t threads = torch::stable::get_num_threads(), wave = std::min<int64_t>(B, parts(threads, blocks.count()));
@@ -79,7 +81,7 @@ void infer(const Tensor& x,   // [B, C, H, W]
   const int64_t block_floats = tile_floats(layout, pixels, blocks.size);
   const int64_t own_floats = layout.bf16 ? tile_floats(layout, pixels, E) : together * block_floats;
   const int64_t slot_floats = own_floats + tile_floats(layout, pixels, O);
-  const Scratch rings(wave * blocks.count() * op.ring_floats), memory(wave * slot_floats);
+  const Scratch rings(wave * blocks.count() * ring_floats), memory(wave * slot_floats);
   const auto tile = [&](int64_t slot) { return memory.data + slot * slot_floats; };
   // The filtered rows of a block of channels; in bf16, where one product takes all of them, within those of all.
   const auto filtered = [&](int64_t slot, int64_t i, int64_t count) {
@@ -100,17 +102,18 @@ void infer(const Tensor& x,   // [B, C, H, W]
           multiply(image.matrix(chunk), block(w1, c0, channels, 0, C, true), from.matrix(all_of(fresh), 0, channels),
                    false);
         }
-        // The body counts rows from the top of the image, and channels from the first of all.
+        // The body counts rows from the top of the image.
         BottleneckDepthwise part = op;
+        part.channels = channels, part.affine1 = affine1.data + c0, part.affine2 = affine2.data + c0;
+        part.wd = static_cast<const char*>(wd.data_ptr()) + c0 * k * k * layout.bytes();
         const auto shifted = [&](const Dense& dense, int64_t width, int64_t row, int64_t channel) {
           const Map map{nullptr, 0, dense.channel(), width * dense.pixel(), dense.pixel()};
-          char* const data = static_cast<char*>(dense.data) - (row * map.row + channel * map.channel) * layout.bytes();
+          char* const data = static_cast<char*>(dense.data) + (channel * map.channel - row * map.row) * layout.bytes();
           return Map{data, 0, map.channel, map.row, map.column};
         };
-        part.y1 = shifted(from, W, staged, c0), part.y2 = shifted(into, w, y0, layout.bf16 ? 0 : c0);
-        FUSEKERN_PICK(bottleneck_depthwise_rows)(part, i, staged, y0, y1,
-                                                 rings.data + (slot * blocks.count() + i) * op.ring_floats,
-                                                 scratch.data);
+        part.y1 = shifted(from, W, staged, 0), part.y2 = shifted(into, w, y0, layout.bf16 ? c0 : 0);
+        FUSEKERN_PICK(bottleneck_depthwise_rows)(
+            part, staged, y0, y1, rings.data + (slot * blocks.count() + i) * ring_floats, scratch.data);
       };
       const auto project = [&](int64_t slot, int64_t share, int64_t first) {
         const int64_t b = b0 + slot, o0 = shares.first(share), channels = shares.channels(share);

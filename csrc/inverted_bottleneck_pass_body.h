@@ -200,10 +200,7 @@ static void pass_of(const BottleneckPass& p) {
 
 template <class F>
 static void pass(const BottleneckPass& p) {
-  if (p.bf16)
-    (p.rows ? pass_of<F, bf16, true> : pass_of<F, bf16, false>)(p);
-  else
-    (p.rows ? pass_of<F, float, true> : pass_of<F, float, false>)(p);
+  with_type(p.bf16, [&]<class T>(T) { (p.rows ? pass_of<F, T, true> : pass_of<F, T, false>)(p); });
 }
 
 // Blocks of W pixels by W channels.

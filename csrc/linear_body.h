@@ -106,10 +106,7 @@ static void finish(const LinearFinish& f) {
 }  // namespace text
 
 void linear_finish(const LinearFinish& f) {
-#if FUSEKERN_WIDTH == 16
-  if (f.bf16 && cpu_has_bf16()) return text::finish<rounded_bf16>(f);
-#endif
-  f.bf16 ? text::finish<bf16>(f) : text::finish<float>(f);
+  with_type(f.bf16, [&]<class T>(T) { text::finish<T>(f); });
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "cpu.h"
+
 #ifndef FUSEKERN_ISA
 #error "simd.h is for bodies: define FUSEKERN_ISA, the namespace of the instruction set, before including it"
 #endif
@@ -326,7 +328,11 @@ struct rounded_bf16 {
   uint16_t bits;
 };
 
+FUSEKERN_INLINE V load(const rounded_bf16* p) { return load(reinterpret_cast<const bf16*>(p)); }
+
 FUSEKERN_INLINE V load(const rounded_bf16* p, Lanes lanes) { return load(reinterpret_cast<const bf16*>(p), lanes); }
+
+FUSEKERN_INLINE void store(rounded_bf16* p, V x) { *reinterpret_cast<LooseHalves*>(p) = to_bf16(x); }
 
 FUSEKERN_INLINE void store(rounded_bf16* p, V x, Lanes lanes) {
   _mm256_mask_storeu_epi16(p, lanes.mask, (__m256i)to_bf16(x));
@@ -341,6 +347,15 @@ FUSEKERN_INLINE V interleave(V low, V high) {
   return (V)_mm512_permutexvar_epi16(order, both);
 }
 #endif
+
+// f(a number of the type that memory of bf16, or of fp32, is best written as).
+template <class F>
+FUSEKERN_INLINE auto with_type(bool is_bf16, F f) {
+#if FUSEKERN_WIDTH == 16
+  if (is_bf16 && cpu_has_bf16()) return f(rounded_bf16{});
+#endif
+  return is_bf16 ? f(bf16{}) : f(float{});
+}
 
 // ---- across lanes ------------------------------------------------------------------------------------------------
 
