@@ -58,6 +58,7 @@ class Case(ABC):
     kernels = {"cpu": "cpp", "cuda": "triton"}
     others: dict[str, str] = {}  # further contenders, by the names of their methods
     native = ""  # a method that on CUDA is also timed with PyTorch's own kernels in the place of cuDNN's
+    widened = False  # on a CPU 16 bits are also timed beside fusekern's own fp32
     engines_want_nchw = False  # ONNX's convolutions know no other layout
     draws = 1  # of values, over which the rule of parity takes errors together in 16 bits
     shapes: dict[str, tuple[Shape, ...]]

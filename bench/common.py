@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench import peers, report
 from bench.case import LAYOUTS, Case, Shape, Truth, draws, judge, lay_out, make
-from bench.peers import FUSED, GRAPHED
+from bench.peers import FUSED, GRAPHED, WIDE
 from bench.timing import STATISTIC, Burst, Ceilings, capture, interleaved, keep_freed_memory, rotation
 from bench.zeros import Zeros
 
@@ -107,7 +107,7 @@ def in_one_line(error: Exception) -> str:
 
 def _first_call(name: str, contender: peers.Contender, truths: list[Truth], layout: str) -> list[str]:
     """What is wrong with a contender's results; fusekern's are judged over all draws."""
-    truth, tensors = truths[0], truths[0].laid_out(layout)
+    truth, tensors = truths[0], contender.taken(truths[0].laid_out(layout))
     if contender.graphed:  # it is tied to the tensors of its first call; `compile` runs the same code
         return []
     with contender.context():
@@ -118,7 +118,10 @@ def _first_call(name: str, contender: peers.Contender, truths: list[Truth], layo
         if not contender.gradients:
             return truth.sane(inference)
         seen = truths if name == FUSED else truths[:1]
-        found = [of.learn(contender.call, of.laid_out(layout), lay_out(of.grad, layout)) for of in seen]
+        found = []
+        for of in seen:
+            *leaves, grad = contender.taken([*of.laid_out(layout), lay_out(of.grad, layout)])
+            found.append(of.learn(contender.call, leaves, grad))
     if name != FUSED:
         return truth.sane(found[0][0])
     wrong = judge(truths, found)
@@ -156,8 +159,8 @@ def _captures(call, tensors: Sequence[Tensor], expected: Tensor) -> bool:
 
 def _memory(contender: peers.Contender, truth: Truth, layout: str) -> dict[str, int]:
     """Bytes that forward keeps for backward, the inputs' own among them and not; on CUDA the peak above the inputs."""
-    leaves = [tensor.detach().requires_grad_() for tensor in truth.laid_out(layout)]
-    grad = lay_out(truth.grad, layout)
+    leaves = [tensor.detach().requires_grad_() for tensor in contender.taken(truth.laid_out(layout))]
+    [grad] = contender.taken([lay_out(truth.grad, layout)])
     inputs = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     found = {}
     if grad.is_cuda:
@@ -205,8 +208,8 @@ def _bursts(contenders, which: str, sets, grads, row: dict) -> dict[str, Burst]:
         if which == "forward_backward" and not contender.gradients:
             continue
         # A graph by itself copies inputs in unless they stay where they are: rotating would time the copies.
-        used = sets[:1] if contender.graphed else sets
-        run = _one_pass(contender.call, which, used, grads, static=contender.graphed)
+        used = [contender.taken(tensors) for tensors in (sets[:1] if contender.graphed else sets)]
+        run = _one_pass(contender.call, which, used, contender.taken(grads), static=contender.graphed)
         try:
             with contender.context():
                 run()
@@ -252,13 +255,13 @@ def compare(case: Case, row: dict, ceilings: Ceilings) -> None:
             "bytes": sum(moved[parts]),
             "floor_s": floor,
             "bound": floors[parts][-1][1],
-            "share": {name: floor / seconds for name, seconds in times.items()},
+            "share": {name: floor / seconds for name, seconds in times.items() if name != WIDE},
         }
         row["ratio"][which] = {}
         for name, seconds in times.items():
             graphed = name.endswith(GRAPHED) or name == "compile-reduce-overhead"
             ours = times.get(FUSED + GRAPHED if graphed else FUSED)
-            if ours and not name.startswith(FUSED):
+            if ours and name not in (FUSED, FUSED + GRAPHED):
                 row["ratio"][which][name] = seconds / ours
 
 

@@ -51,6 +51,7 @@ class Training(Case):
     kernels = {"cpu": "auto", "cuda": "auto"}
     shapes = SHAPES
     fed = ("image", "text")
+    widened = True
     engines_want_nchw = True
     draws = 4  # the score's error is mostly the text's, which all pixels share: of one draw it is luck by half
 

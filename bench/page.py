@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import breakdown, learning, memory, numerics, report, scatter, zeros
+from bench.peers import WIDE
 
 RESULTS = report.ROOT / "bench" / "results"
 PAGES = tuple(report.ROOT / name for name in ("README.md", "docs/performance.md", "docs/numerics.md"))
@@ -29,14 +30,14 @@ PEERS = {
     "compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
-    "float32": "fusekern in fp32, by bf16",
+    WIDE: "fusekern in fp32",
 }
 WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 FIRST, BOTH = "forward", "forward_backward"
-# What a CPU is to reach in channels_last: file, case, shape, pass, peer, how many times as fast. In fp32; where the
-# peer is fp32, that is fusekern's own, held against its bf16.
+# What a CPU is to reach in channels_last: file, case, shape, pass, peer, how many times as fast. In fp32, but beside
+# fusekern's own fp32 in bf16.
 GOALS = (
     ("former2conv-cpu", "former2conv", "1,256,64,19", FIRST, "eager", 2.0),
     ("former2conv-cpu", "former2conv", "1,256,64,19", FIRST, "onnxruntime", 1.6),
@@ -51,8 +52,8 @@ GOALS = (
     ("layer-cpu", "layer inference", "1,512,16,150", FIRST, "onnxruntime", 1.0),
     ("layer-cpu", "layer inference", "1,512,16,150", FIRST, "openvino", 1.0),
     ("layer-cpu", "layer", "1,512,16,150", BOTH, "eager", 1.25),
-    ("layer-cpu", "layer inference", "1,512,16,150", FIRST, "float32", 1.6),
-    ("layer-cpu", "layer", "1,512,16,150", BOTH, "float32", 1.6),
+    ("layer-cpu", "layer inference", "1,512,16,150", FIRST, WIDE, 1.6),
+    ("layer-cpu", "layer", "1,512,16,150", BOTH, WIDE, 1.6),
 )
 # What the README shows: words, file, cases of inference and of training, shape.
 HEADLINES = (
@@ -71,17 +72,14 @@ HEADLINES = (
 
 
 def ratio_of(name: str, case: str, shape: str, which: str, peer: str) -> float:
-    """How many times as long a peer takes, in fp32 and channels_last; the peer "float32", as fusekern in bf16.
+    """How many times as long a peer takes in channels_last, in fp32; fusekern in fp32, as in bf16.
 
     Raises:
         SystemExit: the result does not tell.
     """
     wanted = (case, shape, "channels_last")
     rows = {row["dtype"]: row for row in load(name)["rows"] if (row["case"], row["shape"], row["layout"]) == wanted}
-    if peer in rows and which in rows.get("bfloat16", ()):
-        narrow, wide = (rows[dtype][which]["fusekern"][rows[dtype]["statistic"]] for dtype in ("bfloat16", peer))
-        return wide / narrow
-    found = rows.get("float32", {}).get("ratio", {}).get(which, {}).get(peer)
+    found = rows.get("bfloat16" if peer == WIDE else "float32", {}).get("ratio", {}).get(which, {}).get(peer)
     if not found:
         raise SystemExit(f"{name}.json does not tell {case} {shape} from {peer}")
     return found

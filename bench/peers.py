@@ -5,6 +5,7 @@
 ``sdpa-...``       the same with SDPA pinned to one of its kernels (CUDA)
 ``flex``           the same through FlexAttention, compiled (CUDA)
 ``compile...``     ``torch.compile`` of ``eager``, in three modes, and of the reference
+``fusekern-float32``  fusekern's kernel on the same numbers in fp32, beside one in 16 bits (cases that ask for it)
 ``onnxruntime``    and ``openvino``: a CPU's inference engines, fp32, writing into a buffer that stays
 
 Each contender is a function of the case's tensors. One that cannot run is named all the same, with the reason.
@@ -12,9 +13,9 @@ Each contender is a function of the case's tensors. One that cannot run is named
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,6 +37,7 @@ MODES = {
     "compile-reduce-overhead": {"mode": "reduce-overhead"},
 }
 FUSED = "fusekern"
+WIDE = "fusekern-float32"
 GRAPHED = ", graphed"
 
 
@@ -52,6 +54,7 @@ class Contender:
         gradients: it has a backward.
         capture: its calls are also timed inside a CUDA graph.
         graphed: it is a CUDA graph by itself.
+        dtype: of the tensors that it takes, if not that of the row.
     """
 
     call: Callable[..., Tensor]
@@ -59,6 +62,11 @@ class Contender:
     gradients: bool = True
     capture: bool = False
     graphed: bool = False
+    dtype: torch.dtype | None = None
+
+    def taken(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as it takes them."""
+        return [tensor if self.dtype is None else tensor.to(self.dtype) for tensor in tensors]
 
 
 def names(case, device: str, compiled: bool) -> list[str]:
@@ -73,7 +81,7 @@ def names(case, device: str, compiled: bool) -> list[str]:
         if device == "cuda":
             found += ["compile-max-autotune", "compile-reduce-overhead"] + (["flex"] if case.attention else [])
     if device == "cpu":
-        found += ["onnxruntime", "openvino"]
+        found += ([WIDE] if case.widened else []) + ["onnxruntime", "openvino"]
     return found
 
 
@@ -86,6 +94,10 @@ def build(name: str, case, shape, tensors: dict[str, Tensor], channels_last: boo
         if reasons := case.refused(shape, backend, *tensors.values()):
             raise Unavailable("; ".join(reasons))
         return Contender(partial(case.fused, shape, backend), capture=True)
+    if name == WIDE:
+        if next(iter(tensors.values())).dtype == torch.float32:
+            raise Unavailable("this row is of fp32")
+        return replace(build(FUSED, case, shape, tensors, channels_last, backend), dtype=torch.float32)
     if name == "reference":
         return Contender(partial(case.reference, shape), capture=True)
     if name == "eager":

@@ -15,10 +15,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.peers import FUSED, GRAPHED
+from bench.peers import FUSED, GRAPHED, WIDE
 
 COLOURS = {
     FUSED: "#d55e00",
+    WIDE: "#d9a679",
     "reference": "#999999",
     "eager": "#0072b2",
     "onnxruntime": "#009e73",

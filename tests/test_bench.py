@@ -66,6 +66,25 @@ def run(op: str, out, *options: str) -> tuple[int, dict]:
     return code, json.loads(out.read_text())
 
 
+def test_sixteen_bits_are_timed_beside_fusekern_in_fp32(tmp_path):
+    options = ["--dtypes", "float32", "bfloat16", "--layouts", "channels_last", "--peers", "eager", peers.WIDE]
+    code, found = run("layer", tmp_path / "found.json", *options)
+    assert code == 0
+    for row in found["rows"]:
+        wide = row["dtype"] == "bfloat16"
+        assert row["not"] == ({} if wide else {peers.WIDE: "this row is of fp32"})
+        for which in common.PASSES:
+            times, ratio = row[which], row["ratio"][which]
+            assert set(ratio) == ({"eager", peers.WIDE} if wide else {"eager"})
+            assert peers.WIDE not in row["roofline"][which]["share"]
+            if wide:
+                slower = times[peers.WIDE]["best_s"] / times[peers.FUSED]["best_s"]
+                assert ratio[peers.WIDE] == pytest.approx(slower, rel=1e-2)
+        if wide:
+            saved = {name: row["memory"][name]["saved_bytes"] for name in (peers.FUSED, peers.WIDE)}
+            assert saved[peers.WIDE] > 1.5 * saved[peers.FUSED]  # it was given fp32
+
+
 @pytest.mark.parametrize("op", MODULES)
 def test_a_run_writes_what_it_promises(op, tmp_path, capsys):
     code, found = run(op, tmp_path / "found.json")
