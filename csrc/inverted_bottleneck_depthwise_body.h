@@ -148,8 +148,8 @@ FUSEKERN_INLINE T* row_of(const Map& map, int64_t b, int64_t y, int64_t c0) {
   return static_cast<T*>(map.data) + b * map.batch + y * map.row + c0 * map.channel;
 }
 
-// put(pixel, value) for N pixels of the result side by side. A row lies [S][columns / S][W]: what a tap meets lies side
-// by side too.
+// put(pixel, i, value) for pixels x + i of the result, N side by side. A row lies [S][columns / S][W]: what a tap meets
+// lies side by side too.
 template <int K, int S, int N, class F>
 FUSEKERN_INLINE void filter(const float* const* rows, int64_t x, int64_t phase, const V* wd, F put) {
   V sums[N];
@@ -165,7 +165,7 @@ FUSEKERN_INLINE void filter(const float* const* rows, int64_t x, int64_t phase, 
         if (o - j * S >= 0 && o - j * S < K) sums[j] = fma(wd[i * K + o - j * S], value, sums[j]);
     }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) put(x + i, sums[i]);
+  for (int i = 0; i < N; ++i) put(x + i, i, sums[i]);
 }
 
 template <class T, int K, int S>
@@ -219,26 +219,31 @@ static void forward_rows(const BottleneckDepthwise& op, const Block& block, int6
       };
       if (count) {
         if (b == 0 && y == 0)
-          filter<K, S, 1>(rows, 0, phase, wd, [&](int64_t, V value) { store(block.shift + v * W, value); });
+          filter<K, S, 1>(rows, 0, phase, wd, [&](int64_t, int, V value) { store(block.shift + v * W, value); });
         const V shift = load(block.shift + v * W);
         V total[4] = {zero(), zero(), zero(), zero()}, apart[4] = {zero(), zero(), zero(), zero()};
-        along([&](int64_t x, V value) __attribute__((always_inline)) {
+        along([&](int64_t x, int i, V value) __attribute__((always_inline)) {
           store(line + x * W, value);
-          total[x % 4] = total[x % 4] + (value - shift);
+          total[i % 4] = total[i % 4] + (value - shift);
         });
         const V middle = ((total[0] + total[1]) + (total[2] + total[3])) * set1(1.f / static_cast<float>(width));
-        for (int64_t x = 0; x < width; ++x) {
+        const auto square = [&](int64_t x, int i) __attribute__((always_inline)) {
           const V distance = load(line + x * W) - shift - middle;
-          apart[x % 4] = fma(distance, distance, apart[x % 4]);
-        }
+          apart[i] = fma(distance, distance, apart[i]);
+        };
+        int64_t x = 0;
+        for (; x + 4 <= width; x += 4)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) square(x + i, i);
+        for (; x < width; ++x) square(x, 0);
         V mean = load(block.mean + v * W), squares = load(block.squares + v * W);
         join(mean, squares, (b * op.h + y) * width, middle, (apart[0] + apart[1]) + (apart[2] + apart[3]), width);
         store(block.mean + v * W, mean), store(block.squares + v * W, squares);
       } else if (op.affine2 == nullptr) {
-        along([&](int64_t x, V value) __attribute__((always_inline)) { store(line + x * W, value); });
+        along([&](int64_t x, int, V value) __attribute__((always_inline)) { store(line + x * W, value); });
       } else {
         const V scale = load(block.scale2 + v * W), shift = load(block.shift2 + v * W);
-        along([&](int64_t x, V value) __attribute__((always_inline)) {
+        along([&](int64_t x, int, V value) __attribute__((always_inline)) {
           store(line + x * W, relu6(fma(scale, value, shift)));
         });
       }
