@@ -110,9 +110,10 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
     Args:
         op: one of ``OPS``.
         backend: the op's keyword. ``"auto"`` stands for the default that ``use_backend`` has set, and if that is
-            ``"auto"`` too, for the fastest backend that can run, which never fails. Under ``torch.export`` and under
-            ``torch.func`` transforms that is the reference: the one for programs that run where fusekern is not
-            installed, the other because kernels have no batching rules.
+            ``"auto"`` too, for the fastest backend that can run, which never fails. Under ``torch.export``,
+            ``torch.jit.trace``, ``torch.func`` transforms and forward-mode derivatives that is the reference: the first
+            two for programs that run where fusekern is not installed and on other sizes, the others because kernels
+            have neither batching rules nor tangents.
         arguments: the op's own arguments, a tensor first.
 
     Returns:
@@ -125,13 +126,13 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
     name = _default if check_name(backend) == "auto" else backend
     if name != "auto":
         reasons = why_not(op, name, *arguments)
-        if name != "reference" and _transformed():
-            reasons = [*reasons, "it does not work under torch.func transforms"]
+        if name != "reference" and (transform := _transform()):
+            reasons = [*reasons, f"it does not work under {transform}"]
         if reasons:
             raise FusekernError(f"backend {name!r} cannot run {op}: {'; '.join(reasons)}")
         return name
     chosen = "reference"
-    if not torch.compiler.is_exporting() and not _transformed():
+    if not torch.compiler.is_exporting() and not _transform():
         device = arguments[0].device.type
         for candidate, traits in BACKENDS.items():
             # What why_not says, without the words.
@@ -156,9 +157,15 @@ def is_reference(backend: str) -> bool:
     return (_default if backend == "auto" else backend) == "reference"
 
 
-def _transformed() -> bool:
-    """Is this call inside ``torch.func.grad``, ``vmap`` and the like?"""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _transform() -> str:
+    """What this call is inside of that kernels have no part in; empty for nothing."""
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    return "" if torch._C._get_tracing_state() is None else "torch.jit.trace"
 
 
 def check_name(backend: str) -> str:

@@ -1,11 +1,13 @@
-"""What ops take of a module's children, found without the detour of an attribute of ``nn.Module``.
+"""What ops take of a module's children, and whether they may.
 
-Python looks for a name everywhere else first, which takes as long as a check of all that an op is given.
+It is found without the detour of an attribute of ``nn.Module``: Python looks for a name everywhere else first, which
+takes as long as a check of all that an op is given.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -19,3 +21,21 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
 def affine(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """A child as ops take it."""
     return tensor_of(part, "weight"), tensor_of(part, "bias")
+
+
+def is_plain(child: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """May an op take the place of a child's call: is it of such a kind, not of a subclass, and does nobody listen?
+
+    A parametrized child is a subclass by name alone. Hooks may change what goes in or comes out, or a weight before it
+    is used, as pruning does; a ``forward`` of the instance's own is how others wrap a module in place.
+    """
+    if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
+        return False
+    if "forward" in child.__dict__:
+        return False
+    return type(child) in kinds or type_before_parametrizations(child) in kinds
+
+
+def is_plain_affine(child: nn.Module, kind: type[nn.Module]) -> bool:
+    """The same for a child with weight and bias."""
+    return is_plain(child, kind) and child._parameters.get("bias", child) is not None

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
-from fusekern.nn._attributes import affine
+from fusekern.nn._attributes import affine, is_plain
 from fusekern.ops._check import check_choice
-from fusekern.ops.downsample import PADS
+from fusekern.ops.downsample import PADS, downsampled_by
 from fusekern.ops.former2conv import by_recipe
 from fusekern.ops.inverted_bottleneck import Recipe
 
@@ -72,7 +72,9 @@ class ImageToTextBridge(nn.Module):
         return ops.conv2former(query, self.tokens(image), heads=self.heads, backend=self.backend)
 
     def tokens(self, image: Tensor) -> Tensor:
-        """The down-sampled image, ``[B, C, h, w]``."""
+        """The down-sampled image, ``[B, C, h, w]``; by the child itself where it is another module or has hooks."""
+        if not is_plain(self.downsample, nn.Conv2d):
+            return downsampled_by(self.downsample, image, self.pad)
         return ops.downsample(image, *affine(self.downsample), pad=self.pad, backend=self.backend)
 
     def extra_repr(self) -> str:

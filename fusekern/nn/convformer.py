@@ -15,11 +15,11 @@ from torch.utils import _pytree
 
 from fusekern import ops
 from fusekern.backends import check_name, is_reference
-from fusekern.nn._attributes import affine
+from fusekern.nn._attributes import affine, is_plain, is_plain_affine
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.text_transformer import TextTransformer
-from fusekern.ops._check import check_choice, check_heads
+from fusekern.ops._check import check_alike, check_choice, check_heads
 from fusekern.ops.inverted_bottleneck import Recipe
 
 PRESETS = {
@@ -165,6 +165,9 @@ class ConvFormer(nn.Module):
                 f"text must be [K, C] or [B, K, C] with C = {self.channels}, the channels of the layer; got shape "
                 f"{list(text.shape)}, whose width is {text.shape[-1]}"
             )
+        if text.shape[-2] == 0:
+            raise ValueError(f"text must hold at least one token; got shape {list(text.shape)}")
+        check_alike(image=image, text=text)
         if text.dim() == 2:
             text = text.expand(image.shape[0], -1, -1)
         if text.shape[0] != image.shape[0]:
@@ -219,8 +222,9 @@ class ConvFormerBlock(nn.Module):
     The bottleneck's image is not kept for the backward of the last bridge, which makes it again, unless a forward hook
     on the bottleneck may have changed it.
 
-    Between the bridges' attentions the op ``text_path`` runs on the children's weights. Their own ``forward`` is called
-    with ``backend="reference"`` alone, so that hooks and counters see each.
+    Between the bridges' attentions the op ``text_path`` runs on the children's weights. Where one of them is another
+    module (an adapter around it, a layer without bias) or has hooks, and with ``backend="reference"``, bridges and
+    transformer are called one by one, and their children run themselves where they must.
     """
 
     def __init__(
@@ -251,7 +255,7 @@ class ConvFormerBlock(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, query: Tensor | None = None, following: ConvFormerBlock | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.bridge != "attention" or is_reference(self.backend):
+        if self.bridge != "attention" or is_reference(self.backend) or not self._text_is_plain():
             text = self.transformer(self.image_to_text(text, image))
             return self.text_to_image(self.bottleneck(image), text), text, None
         first, last, transformer = self.image_to_text, self.text_to_image, self.transformer
@@ -263,12 +267,37 @@ class ConvFormerBlock(nn.Module):
                 *(text, first.gather(first.query(text) if query is None else query, image)),
                 *(affine(first.out), affine(norm), transformer.parts()),
                 *(affine(last.key), affine(last.value)),
-                None if following is None else affine(following.image_to_text.query),
+                affine(following.image_to_text.query) if _waits_for_query(following) else None,
                 heads=transformer.heads,
                 eps=norm.eps,
                 backend=self.backend,
             )
         return last.scatter(wide, path.key, path.value, recipe), path.tokens, path.query
+
+    def _text_is_plain(self) -> bool:
+        """Does ``text_path`` do what the modules between the attentions do?"""
+        first, last, transformer = self.image_to_text, self.text_to_image, self.transformer
+        if not (
+            is_plain(first, ImageToTextBridge)
+            and is_plain(transformer, TextTransformer)
+            and is_plain(last, TextToImageBridge)
+        ):
+            return False
+        norm, linear = first.norm, (first.out, last.key, last.value)
+        return (
+            all([is_plain_affine(child, nn.Linear) for child in linear])
+            and is_plain_affine(norm, nn.LayerNorm)
+            and transformer.is_plain()
+            and norm.eps == transformer.norm1.eps
+        )
+
+
+def _waits_for_query(following: nn.Module | None) -> bool:
+    """May the query of the block that follows be computed here: will nothing come between that changes the text?"""
+    if following is None or not is_plain(following, ConvFormerBlock):
+        return False
+    bridge = following.image_to_text
+    return is_plain(bridge, ImageToTextBridge) and is_plain_affine(bridge.query, nn.Linear)
 
 
 def _and_recipe(bottleneck: nn.Module, image: Tensor) -> tuple[Tensor, Recipe | None]:

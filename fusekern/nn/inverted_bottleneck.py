@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
-from fusekern.nn._attributes import tensor_of
+from fusekern.nn._attributes import is_plain, tensor_of
 from fusekern.ops._check import check_choice
 from fusekern.ops.inverted_bottleneck import MEMORY, Recipe, with_recipe
 
@@ -21,7 +21,8 @@ class InvertedBottleneck(nn.Module):
 
     It runs the op ``inverted_bottleneck`` on its children's weights and keeps the running averages of their batch norms
     as ``nn.BatchNorm2d`` does; ``nn.SyncBatchNorm`` takes its statistics over its process group, on a CPU too. Where a
-    child is another module (a wrapped convolution, a norm of one's own) or has hooks, the children run themselves.
+    child is another module (a wrapped convolution, a norm of one's own), has hooks or another dilation or padding, the
+    children run themselves.
 
     Args:
         channels: C.
@@ -87,7 +88,8 @@ class Parts(NamedTuple):
 
 def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) -> tuple[Tensor, Recipe | None]:
     """The block by the op, or by its modules if one of them is not what the op knows; and its result's recipe."""
-    group = _group_of(parts.norms) if all(map(_is_plain, parts)) else None
+    known = all(map(_is_known_norm, parts.norms)) and are_known(parts)
+    group = _group_of(parts.norms) if known else None
     if group is None:
         hidden = _activated(parts.norm1, parts.expand(image))
         hidden = _activated(parts.norm2, parts.depthwise(hidden))
@@ -115,12 +117,26 @@ def _activated(norm: nn.Module, x: Tensor) -> Tensor:
     return F.relu6(norm(x))
 
 
-def _is_plain(child: nn.Module) -> bool:
-    if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
-        return False
-    if type(child) is nn.Conv2d:
-        return child.bias is None
-    return type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_timm_norm(child)
+def are_known(parts: Parts) -> bool:
+    """Are these the convolutions of an inverted bottleneck, by modules that the op may take the place of?"""
+    expand, across, project = parts.expand, parts.depthwise, parts.project
+    for convolution in (expand, across, project):
+        if not is_plain(convolution, nn.Conv2d) or convolution._parameters.get("bias") is not None:
+            return False
+        if convolution.dilation != (1, 1) or convolution.padding_mode != "zeros":
+            return False
+    for pointwise in (expand, project):
+        if pointwise.kernel_size != (1, 1) or pointwise.stride != (1, 1) or pointwise.groups != 1:
+            return False
+        if pointwise.padding != (0, 0):
+            return False
+    size, step = across.kernel_size[0], across.stride[0]
+    same = across.kernel_size == (size, size) and across.padding == (size // 2, size // 2) and size % 2 == 1
+    return same and across.stride == (step, step) and across.groups == across.in_channels == across.out_channels
+
+
+def _is_known_norm(child: nn.Module) -> bool:
+    return is_plain(child, nn.BatchNorm2d, nn.SyncBatchNorm) or (is_plain(child, type(child)) and _is_timm_norm(child))
 
 
 def _is_timm_norm(child: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fusekern.backends import check_name
-from fusekern.nn.inverted_bottleneck import Parts, run
+from fusekern.nn.inverted_bottleneck import Parts, are_known, run
 from fusekern.ops._check import check_choice
 from fusekern.ops.inverted_bottleneck import MEMORY
 
@@ -90,18 +90,6 @@ def _fused(block: nn.Module, memory: str, backend: str) -> FusedInvertedResidual
     else:
         return None
     parts = Parts(*map(block.get_submodule, names))
-    plain = all(isinstance(child, nn.Identity) for child in beside) and linear and _are_known(parts)
+    plain = all(isinstance(child, nn.Identity) for child in beside) and linear and are_known(parts)
     relu6 = len(activations) == 2 and all(isinstance(activation, nn.ReLU6) for activation in activations)
     return FusedInvertedResidual(block, names, residual, memory, backend) if plain and relu6 else None
-
-
-def _are_known(parts: Parts) -> bool:
-    """Are these the convolutions of an inverted bottleneck?"""
-    convolutions = (parts.expand, parts.depthwise, parts.project)
-    if not all(type(part) is nn.Conv2d and part.bias is None and part.dilation == (1, 1) for part in convolutions):
-        return False
-    pointwise = all(part.kernel_size == part.stride == (1, 1) and part.groups == 1 for part in convolutions[::2])
-    across = parts.depthwise
-    size, step = across.kernel_size[0], across.stride[0]
-    same = across.kernel_size == (size, size) and across.padding == (size // 2, size // 2) and size % 2 == 1
-    return pointwise and same and across.stride == (step, step) and across.groups == across.in_channels

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
-from fusekern.nn._attributes import affine
+from fusekern.nn._attributes import affine, is_plain_affine
+
+# The children in the order in which the op takes them.
+PARTS = {
+    "qkv": nn.Linear,
+    "out": nn.Linear,
+    "norm1": nn.LayerNorm,
+    "up": nn.Linear,
+    "down": nn.Linear,
+    "norm2": nn.LayerNorm,
+}
 
 
 class TextTransformer(nn.Module):
     """Post-norm transformer block (the paper's Former): self-attention, then a feed-forward network with GELU.
 
-    It runs the op ``former`` on its children's weights; the children's own ``forward`` is not called.
+    It runs the op ``former`` on its children's weights. Where a child is another module (an adapter around it, a layer
+    without bias) or has hooks, the children run themselves.
 
     Args:
         channels: C.
@@ -35,12 +47,25 @@ class TextTransformer(nn.Module):
         self.backend = check_name(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return ops.former(tokens, *self.parts(), heads=self.heads, eps=self.norm1.eps, backend=self.backend)
+        if self.is_plain():
+            return ops.former(tokens, *self.parts(), heads=self.heads, eps=self.norm1.eps, backend=self.backend)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        similarity = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, heads, K, K]
+        tokens = self.norm1(tokens + self.out((similarity.softmax(dim=3) @ v).transpose(1, 2).flatten(2)))
+        return self.norm2(tokens + self.down(F.gelu(self.up(tokens))))
+
+    def is_plain(self) -> bool:
+        """Does the op do what the children do?"""
+        children = self._modules
+        for name, kind in PARTS.items():
+            if not is_plain_affine(children[name], kind):
+                return False
+        return children["norm1"].eps == children["norm2"].eps
 
     def parts(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight and bias of each child, in the order in which the op takes them."""
         children = self._modules
-        return tuple([affine(children[name]) for name in ("qkv", "out", "norm1", "up", "down", "norm2")])
+        return tuple([affine(children[name]) for name in PARTS])
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, backend={self.backend!r}"

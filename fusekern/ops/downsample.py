@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,14 +31,19 @@ def downsampled_size(height: int, width: int, pad: str) -> tuple[int, int]:
 
 def downsample_reference(image: Tensor, weight: Tensor, bias: Tensor | None = None, *, pad: str = "floor") -> Tensor:
     """Plain PyTorch; see ``downsample``."""
+    groups = image.shape[1] // weight.shape[1]
+    return downsampled_by(lambda patches: F.conv2d(patches, weight, bias, stride=3, groups=groups), image, pad)
+
+
+def downsampled_by(convolve: Callable[[Tensor], Tensor], image: Tensor, pad: str) -> Tensor:
+    """The map of tokens by a 3x3 convolution with stride 3, which is given whole patches."""
     height, width = image.shape[2:]
     h, w = downsampled_size(height, width, pad)
     # A side of 0 is completed to one patch too, which the last line cuts off: convolutions refuse an empty map.
     below, right = 3 * max(h, 1) - height, 3 * max(w, 1) - width
     if below > 0 or right > 0:
         image = F.pad(image, (0, max(right, 0), 0, max(below, 0)))
-    tokens = F.conv2d(image, weight, bias, stride=3, groups=image.shape[1] // weight.shape[1])
-    return tokens[:, :, :h, :w]
+    return convolve(image)[:, :, :h, :w]
 
 
 @kernel_op("downsample", "(Tensor image, Tensor weight, Tensor? bias, SymInt h, SymInt w, str backend) -> Tensor")
