@@ -18,6 +18,10 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     return getattr(module, name) if found is None else found
 
 
+def children_of(module: nn.Module, *names: str) -> list[nn.Module]:
+    return [module._modules[name] for name in names]
+
+
 def affine(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """A child as ops take it."""
     return tensor_of(part, "weight"), tensor_of(part, "bias")

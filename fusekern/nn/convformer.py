@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from fusekern import ops
 from fusekern.backends import check_name, is_reference
-from fusekern.nn._attributes import affine, is_plain, is_plain_affine
+from fusekern.nn._attributes import affine, children_of, is_plain, is_plain_affine
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.text_transformer import TextTransformer
@@ -255,49 +255,57 @@ class ConvFormerBlock(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, query: Tensor | None = None, following: ConvFormerBlock | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.bridge != "attention" or is_reference(self.backend) or not self._text_is_plain():
-            text = self.transformer(self.image_to_text(text, image))
-            return self.text_to_image(self.bottleneck(image), text), text, None
-        first, last, transformer = self.image_to_text, self.text_to_image, self.transformer
-        norm = first.norm
+        first, transformer, bottleneck, last = children_of(
+            self, "image_to_text", "transformer", "bottleneck", "text_to_image"
+        )
+        plain = None
+        if self.bridge == "attention" and not is_reference(self.backend):
+            plain = _text_parts(first, transformer, last)
+        if plain is None:
+            text = transformer(first(text, image))
+            return last(bottleneck(image), text), text, None
+        parts, eps = plain
         with _beside(image) as apart:
             with apart:
-                wide, recipe = _and_recipe(self.bottleneck, image)
+                wide, recipe = _and_recipe(bottleneck, image)
             path = ops.text_path(
                 *(text, first.gather(first.query(text) if query is None else query, image)),
-                *(affine(first.out), affine(norm), transformer.parts()),
-                *(affine(last.key), affine(last.value)),
-                affine(following.image_to_text.query) if _waits_for_query(following) else None,
+                *parts,
+                _awaited_query(following),
                 heads=transformer.heads,
-                eps=norm.eps,
+                eps=eps,
                 backend=self.backend,
             )
         return last.scatter(wide, path.key, path.value, recipe), path.tokens, path.query
 
-    def _text_is_plain(self) -> bool:
-        """Does ``text_path`` do what the modules between the attentions do?"""
-        first, last, transformer = self.image_to_text, self.text_to_image, self.transformer
-        if not (
-            is_plain(first, ImageToTextBridge)
-            and is_plain(transformer, TextTransformer)
-            and is_plain(last, TextToImageBridge)
-        ):
-            return False
-        norm, linear = first.norm, (first.out, last.key, last.value)
-        return (
-            all([is_plain_affine(child, nn.Linear) for child in linear])
-            and is_plain_affine(norm, nn.LayerNorm)
-            and transformer.is_plain()
-            and norm.eps == transformer.norm1.eps
-        )
+
+def _text_parts(first: nn.Module, transformer: nn.Module, last: nn.Module) -> tuple[tuple, float] | None:
+    """What ``text_path`` takes of the modules between the attentions, and eps; none if it does not do what they do."""
+    if not (
+        is_plain(first, ImageToTextBridge)
+        and is_plain(transformer, TextTransformer)
+        and is_plain(last, TextToImageBridge)
+    ):
+        return None
+    out, norm = children_of(first, "out", "norm")
+    key, value = children_of(last, "key", "value")
+    for linear in (out, key, value):
+        if not is_plain_affine(linear, nn.Linear):
+            return None
+    if not (is_plain_affine(norm, nn.LayerNorm) and transformer.eps_for_op() == norm.eps):
+        return None
+    return (affine(out), affine(norm), transformer.parts(), affine(key), affine(value)), norm.eps
 
 
-def _waits_for_query(following: nn.Module | None) -> bool:
-    """May the query of the block that follows be computed here: will nothing come between that changes the text?"""
+def _awaited_query(following: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """W^Q of the block that follows, if nothing comes between that may change the text."""
     if following is None or not is_plain(following, ConvFormerBlock):
-        return False
-    bridge = following.image_to_text
-    return is_plain(bridge, ImageToTextBridge) and is_plain_affine(bridge.query, nn.Linear)
+        return None
+    (bridge,) = children_of(following, "image_to_text")
+    if not is_plain(bridge, ImageToTextBridge):
+        return None
+    (query,) = children_of(bridge, "query")
+    return affine(query) if is_plain_affine(query, nn.Linear) else None
 
 
 def _and_recipe(bottleneck: nn.Module, image: Tensor) -> tuple[Tensor, Recipe | None]:

@@ -47,20 +47,22 @@ class TextTransformer(nn.Module):
         self.backend = check_name(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.is_plain():
-            return ops.former(tokens, *self.parts(), heads=self.heads, eps=self.norm1.eps, backend=self.backend)
+        eps = self.eps_for_op()
+        if eps is not None:
+            return ops.former(tokens, *self.parts(), heads=self.heads, eps=eps, backend=self.backend)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         similarity = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, heads, K, K]
         tokens = self.norm1(tokens + self.out((similarity.softmax(dim=3) @ v).transpose(1, 2).flatten(2)))
         return self.norm2(tokens + self.down(F.gelu(self.up(tokens))))
 
-    def is_plain(self) -> bool:
-        """Does the op do what the children do?"""
+    def eps_for_op(self) -> float | None:
+        """The eps with which the op does what the children do; none if it does not."""
         children = self._modules
         for name, kind in PARTS.items():
             if not is_plain_affine(children[name], kind):
-                return False
-        return children["norm1"].eps == children["norm2"].eps
+                return None
+        eps = children["norm1"].eps
+        return eps if eps == children["norm2"].eps else None
 
     def parts(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight and bias of each child, in the order in which the op takes them."""
