@@ -183,7 +183,10 @@ def test_eps(eps):
 
 def test_a_mean_far_from_zero():
     """The moments of parts are joined around their means: squares of 300 would lose the deviations of 1."""
-    judge(*make((1, 40, 5, 64, 64, "plain"), torch.float32, offset=300.0), 5)
+    grad, tensors = make((1, 40, 5, 64, 64, "plain"), torch.float32, offset=300.0)
+    # Else similarities are of the order of 1e4, and what their rounding does to the softmax is luck.
+    tensors[1] = tensors[1] * 0.01
+    judge(grad, tensors, 5)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
