@@ -73,9 +73,11 @@ class ImageToTextBridge(nn.Module):
 
     def tokens(self, image: Tensor) -> Tensor:
         """The down-sampled image, ``[B, C, h, w]``; by the child itself where it is another module or has hooks."""
-        if not is_plain(self.downsample, nn.Conv2d):
-            return downsampled_by(self.downsample, image, self.pad)
-        return ops.downsample(image, *affine(self.downsample), pad=self.pad, backend=self.backend)
+        child = self._modules["downsample"]
+        known = ((3, 3), (0, 0), (1, 1))
+        if not is_plain(child, nn.Conv2d) or (child.stride, child.padding, child.dilation) != known:
+            return downsampled_by(child, image, self.pad)
+        return ops.downsample(image, *affine(child), pad=self.pad, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pad={self.pad!r}, bridge={self.bridge!r}, backend={self.backend!r}"

@@ -301,10 +301,10 @@ def _awaited_query(following: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     """W^Q of the block that follows, if nothing comes between that may change the text."""
     if following is None or not is_plain(following, ConvFormerBlock):
         return None
-    (bridge,) = children_of(following, "image_to_text")
+    bridge = following._modules["image_to_text"]
     if not is_plain(bridge, ImageToTextBridge):
         return None
-    (query,) = children_of(bridge, "query")
+    query = bridge._modules["query"]
     return affine(query) if is_plain_affine(query, nn.Linear) else None
 
 

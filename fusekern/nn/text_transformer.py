@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusekern import ops
 from fusekern.backends import check_name
-from fusekern.nn._attributes import affine, is_plain_affine
+from fusekern.nn._attributes import affine, children_of, is_plain_affine
+from fusekern.ops.former import former_by
 
 # The children in the order in which the op takes them.
 PARTS = {
@@ -50,10 +50,7 @@ class TextTransformer(nn.Module):
         eps = self.eps_for_op()
         if eps is not None:
             return ops.former(tokens, *self.parts(), heads=self.heads, eps=eps, backend=self.backend)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        similarity = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, heads, K, K]
-        tokens = self.norm1(tokens + self.out((similarity.softmax(dim=3) @ v).transpose(1, 2).flatten(2)))
-        return self.norm2(tokens + self.down(F.gelu(self.up(tokens))))
+        return former_by(tokens, *children_of(self, *PARTS), heads=self.heads)
 
     def eps_for_op(self) -> float | None:
         """The eps with which the op does what the children do; none if it does not."""
@@ -66,8 +63,7 @@ class TextTransformer(nn.Module):
 
     def parts(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight and bias of each child, in the order in which the op takes them."""
-        children = self._modules
-        return tuple([affine(children[name]) for name in PARTS])
+        return tuple([affine(child) for child in children_of(self, *PARTS)])
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, backend={self.backend!r}"

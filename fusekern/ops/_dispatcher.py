@@ -126,7 +126,7 @@ def differentiate(kernel: KernelOp, backward: Callable, setup_context: Callable 
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:
-    """The backward of a backward."""
+    """The backward of a backward: kernels have none, and a gradient that is left out would be wrong without a word."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(f"{op} has no second derivative in its kernels; backend='reference' has one")

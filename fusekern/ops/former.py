@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from fusekern.ops._kernel import empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_linear, slow_bf16, triton_dtypes
 
 Affine = tuple[Tensor, Tensor]  # weight and bias
+Map = Callable[[Tensor], Tensor]
 
 
 def former_reference(
@@ -28,14 +31,25 @@ def former_reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """Plain PyTorch; see ``former``."""
-    channels = tokens.shape[2]
-    width = channels // heads
-    qkv_tokens = F.linear(tokens, *qkv).unflatten(2, (3, heads, width))  # [B, K, 3, heads, d]
+
+    def linear(affine: Affine) -> Map:
+        return lambda x: F.linear(x, *affine)
+
+    def norm(affine: Affine) -> Map:
+        return lambda x: F.layer_norm(x, x.shape[2:], *affine, eps)
+
+    return former_by(tokens, linear(qkv), linear(out), norm(norm1), linear(up), linear(down), norm(norm2), heads=heads)
+
+
+def former_by(tokens: Tensor, qkv: Map, out: Map, norm1: Map, up: Map, down: Map, norm2: Map, *, heads: int) -> Tensor:
+    """The block by whatever does the work of its parts, ``[B, K, ..]`` to ``[B, K, ..]``."""
+    width = tokens.shape[2] // heads
+    qkv_tokens = qkv(tokens).unflatten(2, (3, heads, width))  # [B, K, 3, heads, d]
     q, k, v = qkv_tokens.permute(2, 0, 3, 1, 4).unbind()  # each [B, heads, K, d]
     similarity = (q * width**-0.5) @ k.transpose(2, 3)  # [B, heads, K, K]
     mixed = (similarity.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
-    tokens = F.layer_norm(tokens + F.linear(mixed, *out), (channels,), *norm1, eps)
-    return F.layer_norm(tokens + F.linear(F.gelu(F.linear(tokens, *up)), *down), (channels,), *norm2, eps)
+    tokens = norm1(tokens + out(mixed))
+    return norm2(tokens + down(F.gelu(up(tokens))))
 
 
 PARAMETERS = ", ".join(

@@ -184,7 +184,8 @@ def test_eps(eps):
 def test_a_mean_far_from_zero():
     """The moments of parts are joined around their means: squares of 300 would lose the deviations of 1."""
     grad, tensors = make((1, 40, 5, 64, 64, "plain"), torch.float32, offset=300.0)
-    # Else similarities are of the order of 1e4, and what their rounding does to the softmax is luck.
+    # Similarities of the order of 1e4 would be the subject instead: the backward computes them again, and what two
+    # roundings of theirs do to the softmax is luck, for every attention that keeps no probabilities.
     tensors[1] = tensors[1] * 0.01
     judge(grad, tensors, 5)
 

@@ -216,6 +216,16 @@ def test_another_convolution_runs_itself(change):
     torch.testing.assert_close(module(image), image + module.norm3(module.project(hidden)))
 
 
+def test_another_downsampling_runs_itself():
+    model = layer()
+    bridge, (image, _) = model.blocks[0].image_to_text, data()
+    own = nn.Conv2d(CHANNELS, CHANNELS, 3, stride=3, dilation=2)
+    own.load_state_dict(bridge.downsample.state_dict())
+    bridge.downsample = own
+    with torch.no_grad():
+        assert torch.equal(bridge.tokens(image), own(image))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("train", [True, False])
 def test_tangents(frozen, train):
