@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusekern._version import __version__
 from fusekern.errors import FusekernError, did_you_mean
 
-HELP = """usage: fusekern VERB ... [--help]
+HELP = """usage: fusekern VERB ... [--help] | --version
 
   train RECIPE                      train a segmenter into a run folder
   eval RUN|CHECKPOINT               mIoU, per-class table, confusion matrix
@@ -162,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"fusekern {__version__}")
+        return 0
     try:
         if argv[0] not in VERBS:
             raise FusekernError(f"unknown verb {argv[0]!r}{did_you_mean(argv[0], VERBS) or chr(10) * 2 + HELP}")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import fusekern
 from fusekern import recipes
 from fusekern.cli import VERBS, main
 from fusekern.data.scenes import write_scenes
@@ -190,6 +191,11 @@ def test_help_lists_every_verb_and_each_verb_explains_itself(capsys):
             main([verb, "--help"])
         assert stop.value.code == 0
         assert f"fusekern {verb}" in capsys.readouterr().out
+
+
+def test_says_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fusekern {fusekern.__version__}\n"
 
 
 def test_python_m_fusekern_returns_the_exit_code():

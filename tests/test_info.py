@@ -28,7 +28,7 @@ def test_text_names_every_op_and_reason():
     found = info.collect()
     text = info.render(found)
     reasons = [reason or "built" for reason in found["extensions"].values()]
-    for name in (*OPS, *found["packages"], *found["extensions"], *reasons, "no Triton kernel"):
+    for name in (*OPS, *found["packages"], *found["extensions"], *reasons, "no CUDA kernel"):
         assert name in text
     assert max(map(len, text.splitlines())) < 180
 
@@ -61,3 +61,8 @@ def test_the_default_backend_does_not_disturb_it():
     chosen = info.collect()["ops"]["cpu"]
     with use_backend("triton"):
         assert info.collect()["ops"]["cpu"] == chosen
+
+
+def test_an_op_whose_kernels_are_half_triton_does_not_say_that_there_are_none():
+    reasons = backends._kernels["inverted_bottleneck"]["triton"][0]()
+    assert reasons == ["its Triton kernels run as part of 'cuda'"]

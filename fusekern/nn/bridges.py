@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fusekern import ops
-from fusekern.backends import check_name
 from fusekern.nn._attributes import affine, is_plain
+from fusekern.nn._backend import HasBackend
 from fusekern.ops._check import check_choice
 from fusekern.ops.downsample import PADS, downsampled_by
 from fusekern.ops.former2conv import by_recipe
@@ -21,7 +21,7 @@ BRIDGES = ("attention", "inner_product")
 DOWNSAMPLES = ("conv", "depthwise")
 
 
-class ImageToTextBridge(nn.Module):
+class ImageToTextBridge(HasBackend):
     """The paper's Conv2Former, equation 3: the text tokens gather from the down-sampled image.
 
         T' = LN(T + W^O softmax(W^Q T X^T / sqrt(d)) X)    per head of d channels, X = downsample(I)
@@ -60,7 +60,7 @@ class ImageToTextBridge(nn.Module):
         self.heads = heads
         self.pad = pad
         self.bridge = bridge
-        self.backend = check_name(backend)
+        self.backend = backend
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
         if self.bridge == "attention":
@@ -83,7 +83,7 @@ class ImageToTextBridge(nn.Module):
         return f"heads={self.heads}, pad={self.pad!r}, bridge={self.bridge!r}, backend={self.backend!r}"
 
 
-class TextToImageBridge(nn.Module):
+class TextToImageBridge(HasBackend):
     """The paper's Former2Conv, equation 4: the pixels gather from the text tokens.
 
         I' = I + softmax(I (W^K T)^T / sqrt(d)) W^V T    per head of d channels
@@ -105,7 +105,7 @@ class TextToImageBridge(nn.Module):
             self.value = nn.Linear(channels, channels)
         self.heads = heads
         self.bridge = bridge
-        self.backend = check_name(backend)
+        self.backend = backend
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         if self.bridge == "attention":

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from fusekern import ops
-from fusekern.backends import check_name, is_reference
+from fusekern.backends import is_reference
 from fusekern.nn._attributes import affine, children_of, is_plain, is_plain_affine
+from fusekern.nn._backend import HasBackend
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.text_transformer import TextTransformer
@@ -46,7 +47,7 @@ class ConvFormerOutput(NamedTuple):
 _pytree._register_namedtuple(ConvFormerOutput, serialized_type_name="fusekern.nn.ConvFormerOutput")
 
 
-class ConvFormer(nn.Module):
+class ConvFormer(HasBackend):
     """Conv-Former: N blocks in which text tokens and image features exchange what they know, and a score map.
 
         [T', I'] = blocks([T, I]) + [T, I]      (equation 1; one skip around all blocks)
@@ -130,7 +131,7 @@ class ConvFormer(nn.Module):
         self.outer_residual = outer_residual
         self.normalize = normalize
         self.text_scale = text_scale
-        self.backend = check_name(backend)
+        self.backend = backend
         self._warned = False
 
     @classmethod
@@ -206,7 +207,7 @@ class ConvFormer(nn.Module):
         )
 
 
-class ConvFormerBlock(nn.Module):
+class ConvFormerBlock(HasBackend):
     """One block (sections 3.2 and 3.3): the text gathers from the image, both go their own way, the image gathers back.
 
         T1 = ImageToTextBridge(T, I)
@@ -250,7 +251,7 @@ class ConvFormerBlock(nn.Module):
         self.text_to_image = TextToImageBridge(channels, bridge_heads, bridge=bridge, backend=backend)
 
         self.bridge = bridge
-        self.backend = check_name(backend)
+        self.backend = backend
 
     def forward(
         self, image: Tensor, text: Tensor, query: Tensor | None = None, following: ConvFormerBlock | None = None

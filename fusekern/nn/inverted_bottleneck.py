@@ -1,4 +1,4 @@
-"""The convolutional path of a block, as a module, and the same in place of other people's inverted residuals."""
+"""The convolutional path of a block, as a module."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusekern import ops
-from fusekern.backends import check_name
 from fusekern.nn._attributes import is_plain, tensor_of
+from fusekern.nn._backend import HasBackend
 from fusekern.ops._check import check_choice
 from fusekern.ops.inverted_bottleneck import MEMORY, Recipe, with_recipe
 
 
-class InvertedBottleneck(nn.Module):
+class InvertedBottleneck(HasBackend):
     """MobileNetV2's inverted bottleneck: expand, filter each channel, project back, add the input.
 
     It runs the op ``inverted_bottleneck`` on its children's weights and keeps the running averages of their batch norms
@@ -60,7 +60,7 @@ class InvertedBottleneck(nn.Module):
         self.residual = stride == 1 and out_channels == channels
         check_choice("memory", memory, MEMORY)
         self.memory = memory
-        self.backend = check_name(backend)
+        self.backend = backend
 
     def forward(self, image: Tensor, recipes: list[Recipe] | None = None) -> Tensor:
         """``recipes`` is for one who would keep the result for a backward: how to make it again, if known, is added."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fusekern.backends import check_name
+from fusekern.nn._attributes import is_plain
+from fusekern.nn._backend import HasBackend
 from fusekern.nn.inverted_bottleneck import Parts, are_known, run
 from fusekern.ops._check import check_choice
 from fusekern.ops.inverted_bottleneck import MEMORY
@@ -14,7 +16,7 @@ TIMM = Parts("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
 TORCHVISION = Parts("conv.0.0", "conv.0.1", "conv.1.0", "conv.1.1", "conv.2", "conv.3")
 
 
-class FusedInvertedResidual(nn.Module):
+class FusedInvertedResidual(HasBackend):
     """A block of timm or torchvision, run by the op ``inverted_bottleneck``.
 
     It has the block's own children under their own names: weights, optimizers and state dicts stay what they were.
@@ -51,45 +53,64 @@ def fuse_inverted_residuals(model: nn.Module, *, memory: str = "default", backen
         How many blocks were replaced.
 
     Raises:
-        ValueError: the model has no such block, or ``memory`` or ``backend`` is unknown.
+        ValueError: no block was replaced, with what each is beside an inverted residual; or ``memory`` or ``backend``
+            is unknown.
     """
     check_choice("memory", memory, MEMORY)
     check_name(backend)
-    count = _fuse(model, memory, backend)
+    more: dict[str, int] = {}
+    count = _fuse(model, memory, backend, more)
     if count == 0:
-        raise ValueError(f"model ({type(model).__name__}) has no inverted residual of timm or torchvision to replace")
+        left = ", ".join(f"{blocks} with {what}" for what, blocks in more.items())
+        raise ValueError(
+            f"model ({type(model).__name__}) has no inverted residual of timm or torchvision to replace"
+            + (left and f"; left as they are: {left}")
+        )
     return count
 
 
-def _fuse(model: nn.Module, memory: str, backend: str) -> int:
+def _fuse(model: nn.Module, memory: str, backend: str, more: dict[str, int]) -> int:
+    """How many were replaced; ``more`` counts those that were not, by what they have besides."""
     count = 0
     for name, child in list(model.named_children()):
-        fused = _fused(child, memory, backend)
-        if fused is None:
-            count += _fuse(child, memory, backend)
+        found = _layout(child)
+        if found is None:
+            count += _fuse(child, memory, backend, more)
+        elif besides := _besides(child, found[0]):
+            more[besides] = more.get(besides, 0) + 1
         else:
-            setattr(model, name, fused)
+            setattr(model, name, FusedInvertedResidual(child, *found, memory, backend))
             count += 1
     return count
 
 
-def _fused(block: nn.Module, memory: str, backend: str) -> FusedInvertedResidual | None:
-    """In place of a block, if it is one and nothing more."""
-    hooks = (block._forward_pre_hooks, block._forward_hooks, block._backward_pre_hooks, block._backward_hooks)
-    if type(block).__name__ != "InvertedResidual" or any(hooks):
+def _layout(block: nn.Module) -> tuple[Parts, bool] | None:
+    """Where an inverted residual has its modules, and whether it adds its input."""
+    if type(block).__name__ != "InvertedResidual":
         return None
     if hasattr(block, "conv_pw"):
-        names, residual = TIMM, block.has_skip
-        beside = [child for name, child in block.named_children() if name not in names]
-        activations = [getattr(block.bn1, "act", None), getattr(block.bn2, "act", None)]
-        linear = isinstance(getattr(block.bn3, "act", None), nn.Identity)
-    elif isinstance(getattr(block, "conv", None), nn.Sequential) and len(block.conv) == 4:
-        names, residual = TORCHVISION, block.use_res_connect
-        beside, linear = [], True
-        activations = [stage[2] for stage in block.conv[:2] if len(stage) == 3]
+        return TIMM, block.has_skip
+    if isinstance(getattr(block, "conv", None), nn.Sequential) and len(block.conv) in (3, 4):
+        return TORCHVISION, block.use_res_connect
+    return None
+
+
+def _besides(block: nn.Module, names: Parts) -> str:
+    """What an inverted residual has that the op does not do, in words; empty for nothing."""
+    if not is_plain(block, type(block)):
+        return "hooks"
+    if names is TIMM:
+        for name, child in block.named_children():
+            if name not in names and not isinstance(child, nn.Identity):
+                return f"{name} ({type(child).__name__})"
+        activations = [getattr(norm, "act", None) for norm in (block.bn1, block.bn2)]
+        if not isinstance(getattr(block.bn3, "act", None), nn.Identity):
+            return "an activation at its end"
     else:
-        return None
-    parts = Parts(*map(block.get_submodule, names))
-    plain = all(isinstance(child, nn.Identity) for child in beside) and linear and are_known(parts)
-    relu6 = len(activations) == 2 and all(isinstance(activation, nn.ReLU6) for activation in activations)
-    return FusedInvertedResidual(block, names, residual, memory, backend) if plain and relu6 else None
+        if len(block.conv) == 3:
+            return "no expansion"
+        activations = [stage[2] for stage in block.conv[:2] if len(stage) == 3]
+    for activation in activations:
+        if not isinstance(activation, nn.ReLU6):
+            return f"the activation {type(activation).__name__}"
+    return "" if len(activations) == 2 and are_known(Parts(*map(block.get_submodule, names))) else "other convolutions"

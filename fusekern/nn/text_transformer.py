@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fusekern import ops
-from fusekern.backends import check_name
 from fusekern.nn._attributes import affine, children_of, is_plain_affine
+from fusekern.nn._backend import HasBackend
 from fusekern.ops.former import former_by
 
 # The children in the order in which the op takes them.
@@ -20,7 +20,7 @@ PARTS = {
 }
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(HasBackend):
     """Post-norm transformer block (the paper's Former): self-attention, then a feed-forward network with GELU.
 
     It runs the op ``former`` on its children's weights. Where a child is another module (an adapter around it, a layer
@@ -44,7 +44,7 @@ class TextTransformer(nn.Module):
         self.down = nn.Linear(ffn_ratio * channels, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.heads = heads
-        self.backend = check_name(backend)
+        self.backend = backend
 
     def forward(self, tokens: Tensor) -> Tensor:
         eps = self.eps_for_op()

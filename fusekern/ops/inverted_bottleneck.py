@@ -406,6 +406,7 @@ def _why_slow_cpp(image, *rest):
 
 register("inverted_bottleneck", "cpp", _known_sizes(cpp_dtypes), _why_slow_cpp)
 register("inverted_bottleneck", "cuda", _known_sizes(_cuda))
+register("inverted_bottleneck", "triton", lambda *arguments: ["its Triton kernels run as part of 'cuda'"])
 
 
 def inverted_bottleneck(

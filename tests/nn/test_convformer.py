@@ -219,6 +219,20 @@ def test_presets():
     assert small_preset.blocks[0].image_to_text.downsample.groups == 256
 
 
+def test_backend_set_later_reaches_every_part():
+    layer, (image, text) = small(backend="reference"), inputs()
+    layer.backend = "auto"
+    parts = [part for part in layer.modules() if hasattr(part, "backend")]
+    assert len(parts) == 1 + 5 * len(layer.blocks) and {part.backend for part in parts} == {"auto"}
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer.backend = "fast"
+    layer.blocks[1].backend = "cuda"
+    assert layer.backend == layer.blocks[0].bottleneck.backend == "auto"
+    assert copy.deepcopy(layer).blocks[1].bottleneck.backend == "cuda"
+    with pytest.raises(FusekernError, match="backend 'cuda' cannot run"):
+        layer(image, text)
+
+
 def test_backend_reaches_every_op():
     image, text = inputs()
     with pytest.raises(FusekernError, match="backend 'cuda' cannot run"):
