@@ -148,7 +148,9 @@ def row_of(entry: Entry, shape: Shape, layout: str, device: str) -> dict:
         processor = HOPPER
     else:
         tensors, processor = make(case, place, DTYPE, device).values(), None
-    inputs = [lay_out(tensor, layout) for tensor in tensors]
+    # Norms are in fp32, as those of a block under autocast: statistics for others would be copied.
+    norms = case.op == "inverted_bottleneck"
+    inputs = [lay_out(tensor.float() if norms and tensor.dim() == 1 else tensor, layout) for tensor in tensors]
     results = case.reference(place, *(tensor.to("meta") for tensor in inputs))
     results = [results] if isinstance(results, Tensor) else results
     device_of = inputs[0].device

@@ -1,7 +1,6 @@
 // Products of matrices whose terms lie side by side in both, as in a linear layer. A vector holds terms of one sum, so that
 // nothing is copied together and no lane is left over, however few the rows: matrix_product fills its lanes with columns,
-// and copies. With AVX2, which has half the registers, that is a tenth faster from some hundred rows on; but then the bits
-// would depend on how many there are.
+// and copies.
 #pragma once
 
 #include "matrix_product.h"
@@ -12,7 +11,7 @@ namespace fusekern::FUSEKERN_ISA {
 namespace dots {
 
 // Rows and columns whose sums fill the registers, with the terms of a row and of the columns.
-constexpr int TALL = W == 16 ? 6 : W == 8 ? 4 : 2, WIDE = W == 8 ? 3 : 4;
+constexpr int TALL = W == 16 ? 6 : W == 8 ? 3 : 2, WIDE = W == 8 ? 3 : 4;
 constexpr int64_t TERMS = 2048;       // at a time, and as many rows as leave these numbers in the cache
 constexpr int64_t NUMBERS = 1 << 17;
 constexpr int64_t NEAR = 8 * 1024;    // bytes of the next columns that the L1 cache holds beside what is multiplied

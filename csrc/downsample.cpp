@@ -157,7 +157,7 @@ void forward(const Downsample& op, const Tensor& weight, const std::optional<Ten
     const std::optional<Tensor> vector = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
     const std::optional<Floats> floats = vector ? std::optional<Floats>(*vector) : std::nullopt;
     Linear l{};
-    l.rows = op.patches(), l.columns = op.C, l.terms = 9 * op.C, l.bf16 = op.bf16;
+    l.rows = op.patches(), l.columns = op.C, l.terms = 9 * op.C, l.together = op.h * op.w, l.bf16 = op.bf16;
     l.x = patches.data_ptr(), l.x_row = 9 * op.C, l.weight = matrix.data_ptr();
     l.bias = bias ? floats->data : nullptr, l.out = rows.data_ptr();
     linear(l);

@@ -57,6 +57,7 @@ struct Floats {
 // by side; all but the bias are fp32 or bf16.
 struct Linear {
   int64_t rows, columns, terms;
+  int64_t together;  // rows of one text or image: these alone decide how to multiply, and so the bits
   bool bf16;
   const void* x;
   int64_t x_row;
@@ -69,6 +70,8 @@ struct Linear {
 };
 
 inline void linear(const Linear& l) {
+  // With AVX2 half the registers hold few sums, and adding up their lanes costs more than copies that many rows share.
+  const bool by_columns = cpu_isa() == Isa::avx2 && !l.bf16 && l.together >= 40;
   const int64_t across = parts(l.columns, PRODUCT_COLUMNS), down = parts(l.rows, PRODUCT_ROWS), size = l.bf16 ? 2 : 4;
   const auto moved = [size](const void* p, int64_t numbers) {
     return p == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(p)) + numbers * size;
@@ -85,9 +88,14 @@ inline void linear(const Linear& l) {
       finish.bias = l.bias == nullptr ? nullptr : l.bias + i;
       finish.residual = moved(l.residual, r * l.residual_row + i), finish.residual_ld = l.residual_row;
       finish.activated = moved(l.activated, r * l.columns + i);
-      FUSEKERN_PICK(dot_product)
-      ({finish.rows, finish.columns, l.terms, moved(l.x, r * l.x_row), moved(l.weight, i * l.terms), product, l.x_row,
-        l.terms, finish.product_ld, l.bf16, cpu_has_bf16()});
+      void *const x = moved(l.x, r * l.x_row), *const weight = moved(l.weight, i * l.terms);
+      if (by_columns)
+        multiply(finish.rows, finish.columns, l.terms, {static_cast<float*>(x), l.x_row, 1},
+                 {static_cast<float*>(weight), 1, l.terms}, {product, finish.product_ld, 1}, false);
+      else
+        FUSEKERN_PICK(dot_product)
+        ({finish.rows, finish.columns, l.terms, x, weight, product, l.x_row, l.terms, finish.product_ld, l.bf16,
+          cpu_has_bf16()});
       FUSEKERN_PICK(linear_finish)(finish);
     }
   });

@@ -212,7 +212,7 @@ inline void linear(const Sizes& s, const Rows& x, const Tensor& weight, const Te
                    const Rows* residual = nullptr, void* activated = nullptr) {
   const Floats vector(bias);
   Linear l{};
-  l.rows = s.R, l.columns = weight.size(0), l.terms = weight.size(1), l.bf16 = s.bf16;
+  l.rows = s.R, l.columns = weight.size(0), l.terms = weight.size(1), l.together = s.K, l.bf16 = s.bf16;
   l.x = x.data(), l.x_row = x.row;
   l.weight = weight.data_ptr(), l.bias = vector.data;
   l.out = out, l.activated = activated;

@@ -520,6 +520,7 @@ def test_graph_capture_and_another_stream(op):
         return [result, *torch.autograd.grad(result, leaves, torch.ones_like(result))]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         wanted = step()
     stream.synchronize()
