@@ -98,11 +98,11 @@ def goals() -> list[str]:
 
 def headlines() -> list[str]:
     """What the README shows a newcomer."""
-    cpu = load("layer-cpu")["device"].split(",")[0]
-    lines = [f"One thread of an {cpu}, fp32, one image. How many times as long the others take:", ""]
-    lines += ["| | inference: eager | ONNX Runtime | training: eager |", "|---|---|---|---|"]
+    cpu, vectors, _ = load("layer-cpu")["device"].split(", ")
+    lines = [f"One thread of an {cpu} with {vectors}, fp32, one image. How many times as long the others take:", ""]
+    lines += ["| | inference: eager | ONNX Runtime | OpenVINO | training: eager |", "|---|---|---|---|---|"]
     for words, name, inference, training, shape in HEADLINES:
-        ratios = [ratio_of(name, inference, shape, FIRST, peer) for peer in ("eager", "onnxruntime")]
+        ratios = [ratio_of(name, inference, shape, FIRST, peer) for peer in ("eager", "onnxruntime", "openvino")]
         ratios.append(ratio_of(name, training, shape, BOTH, "eager"))
         lines.append(f"| {' | '.join([words, *(f'{ratio:.2f}x' for ratio in ratios)])} |")
     dates = sorted({load(name)["date"][:10] for _, name, *_ in HEADLINES})

@@ -177,6 +177,7 @@ template <class A, bool MOST, class Between = Nothing>
 static void score(const float* tall, const float* columns, int64_t K, int64_t d, int vectors, float factor,
                   float* scores, V* most, Between between = Between()) {
   constexpr int64_t SPAN = 64;  // long sums are added up in spans first, which keeps rounding errors small
+  constexpr bool KEPT = W == 16;  // is there a register for the largest, or would it cost one of the tile's sums its own?
   const Runs runs(K);
   if (MOST)
     for (int j = 0; j < vectors; ++j) most[j] = set1(LEAST);
@@ -186,7 +187,7 @@ static void score(const float* tall, const float* columns, int64_t K, int64_t d,
     for_vectors(vectors, [&](int64_t j, auto N) {
       float* to = scores + begin * LD + j * W;
       V top[N.COUNT];
-      for (int i = 0; i < N.COUNT; ++i) top[i] = MOST ? most[j + i] : zero();
+      for (int i = 0; i < N.COUNT; ++i) top[i] = MOST && KEPT ? most[j + i] : zero();
       for (int64_t u = 0; u < units<A>(d); u += SPAN) {
         const bool last = u + SPAN >= units<A>(d);
         tile_of<A, N.COUNT, 1>(
@@ -197,10 +198,11 @@ static void score(const float* tall, const float* columns, int64_t K, int64_t d,
               if (u > 0) x = x + load(at);
               if (last) x = x * set1(factor);
               store(at, x);
-              if (MOST && last) top[i] = max(x, top[i]);
+              if (MOST && KEPT && last) top[i] = max(x, top[i]);
+              if (MOST && !KEPT && last) most[j + i] = max(x, most[j + i]);
             });
       }
-      if (MOST)
+      if (MOST && KEPT)
         for (int i = 0; i < N.COUNT; ++i) most[j + i] = top[i];
     });
   }
@@ -239,7 +241,7 @@ struct Block {
   int64_t channel;     // stride of channels
   int64_t offset[PB];  // of each pixel
   int pixels;          // at most PB
-  bool lined[4];       // are the W pixels of a vector side by side?
+  bool lined[4] = {};  // are the W pixels of a vector side by side?
 
   Block(const Map& map, int64_t width, int64_t b, int64_t channel0, int64_t pixel0, int pixels)
       : base(static_cast<T*>(map.data) + b * map.batch + channel0 * map.channel), channel(map.channel), pixels(pixels) {

@@ -7,7 +7,7 @@ namespace fusekern::stages {
 
 namespace {
 
-constexpr int64_t FILTER_CHANNELS = 128;  // channels at a time: their rows lie in the L1 cache or near it
+constexpr int64_t FILTER_CHANNELS = 128;  // channels at a time: their rows stay near
 
 // A norm by running statistics.
 struct Known {

@@ -80,10 +80,13 @@ void text_path_bwd(const Tensor& grad, const Tensor& dkey, const Tensor& dvalue,
                                      {"dgain0", &dgain0}, {"dshift0", &dshift0}})
     check_vector(s, name, *vector, C);
   check_dense("moments", moments, {6, R});
+  const bool query = query_weight.has_value();
+  STD_TORCH_CHECK(dquery.has_value() == query && dquery_weight.has_value() == query && dquery_bias.has_value() == query,
+                  "query_weight, dquery, dquery_weight and dquery_bias come together");
   const Tensor dk = torch::stable::contiguous(dkey), dv = torch::stable::contiguous(dvalue);
-  const Tensor dq = dquery ? torch::stable::contiguous(*dquery) : dk;
+  const Tensor dq = query ? torch::stable::contiguous(*dquery) : dk;
   auto exits = exits_of(s, {{"key", dkey_weight, dkey_bias, dk}, {"value", dvalue_weight, dvalue_bias, dv}});
-  if (query_weight) exits.push_back(exits_of(s, {{"query", *dquery_weight, *dquery_bias, dq}})[0]);
+  if (query) exits.push_back(exits_of(s, {{"query", *dquery_weight, *dquery_bias, dq}})[0]);
 
   const Tensor dense = torch::stable::contiguous(grad);
   const Rows from(gathered);

@@ -208,9 +208,10 @@ def test_bits_do_not_depend_on_threads():
         assert torch.equal(a, b)
 
 
-def test_bits_do_not_depend_on_other_texts():
+@pytest.mark.parametrize("count", [20, 150])
+def test_bits_do_not_depend_on_other_texts(count):
     torch.manual_seed(0)
-    tokens, parts, grad = make(9, 150, 48, 300)
+    tokens, parts, grad = make(9, count, 48, 300)
     together = run(tokens, parts, grad, 3)[0]
     for i in range(9):
         alone = run(tokens[i : i + 1], parts, grad[i : i + 1], 3)[0]
@@ -299,6 +300,12 @@ def test_text_path(shape, query):
         peers.append(reference_path(tensors, grads, shape[4], query, torch.float32))
         truth.append(reference_path(tensors, grads, shape[4], query, torch.float64))
     judge_draws(found, peers, truth, results=4 if query else 3)
+
+
+def test_a_query_weight_without_a_gradient_of_its_query_is_refused():
+    tensors, grads = make_path(SHAPES[1], True)
+    with pytest.raises(RuntimeError, match="query_weight, dquery, dquery_weight and dquery_bias come together"):
+        run_path(tensors, [*grads[:3], None], 2, True)
 
 
 @pytest.mark.parametrize("query", [True, False], ids=["query", "last"])
