@@ -76,7 +76,8 @@ class ConvFormer(HasBackend):
             length that layer normalisation gives the tokens later.
         memory: ``"low"`` keeps less of each block for the backward, where a kernel runs, and computes its expansion
             twice: a sixth more work at the paper's sizes.
-        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``. As an attribute it may be set
+            later, here for the whole layer or on one of its parts.
 
     Raises:
         ValueError: an option outside its choices, or heads that do not divide ``channels``.

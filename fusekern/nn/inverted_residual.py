@@ -38,7 +38,7 @@ def fuse_inverted_residuals(model: nn.Module, *, memory: str = "default", backen
 
     The weights are the same tensors and the state dict keeps its keys, so checkpoints go both ways. Blocks that are
     more than an inverted residual with ReLU6 stay as they are: with squeeze-and-excitation, dilation, stochastic depth,
-    another activation, no expansion, or hooks of their own.
+    another activation, no expansion, or hooks or a forward of their own.
 
     >>> backbone = timm.create_model("mobilenetv2_100", features_only=True)
     >>> fuse_inverted_residuals(backbone)
@@ -98,7 +98,7 @@ def _layout(block: nn.Module) -> tuple[Parts, bool] | None:
 def _besides(block: nn.Module, names: Parts) -> str:
     """What an inverted residual has that the op does not do, in words; empty for nothing."""
     if not is_plain(block, type(block)):
-        return "hooks"
+        return "hooks or a forward of its own"
     if names is TIMM:
         for name, child in block.named_children():
             if name not in names and not isinstance(child, nn.Identity):
