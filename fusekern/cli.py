@@ -160,16 +160,15 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0; 2 after bad input, whose message goes to standard error; 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"fusekern {__version__}")
-        return 0
     try:
-        if argv[0] not in VERBS:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(HELP)
+        elif argv[0] == "--version":
+            print(f"fusekern {__version__}")
+        elif argv[0] not in VERBS:
             raise FusekernError(f"unknown verb {argv[0]!r}{did_you_mean(argv[0], VERBS) or chr(10) * 2 + HELP}")
-        VERBS[argv[0]](argv[1:])
+        else:
+            VERBS[argv[0]](argv[1:])
         sys.stdout.flush()
     except FusekernError as error:
         print(f"fusekern: error: {error}", file=sys.stderr)
@@ -188,4 +187,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fusekern: error: {error}; this verb needs: pip install 'fusekern[seg]'", file=sys.stderr)
         return 2
-    return 0
+    return 0 if argv else 2

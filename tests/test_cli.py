@@ -1,6 +1,7 @@
 """The command line as a user meets it: one small run through every verb, and what bad input says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -196,6 +197,15 @@ def test_help_lists_every_verb_and_each_verb_explains_itself(capsys):
 def test_says_its_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fusekern {fusekern.__version__}\n"
+
+
+@pytest.mark.parametrize("word", ["--help", "--version", "info"])
+def test_a_reader_that_has_seen_enough_is_no_error(word):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "fusekern", word], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_python_m_fusekern_returns_the_exit_code():
