@@ -26,7 +26,7 @@ from fusekern.nn import bridges, inverted_bottleneck
 
 OUT = report.ROOT / "bench" / "results" / "breakdown-cpu.json"
 SHAPE = Shape(1, 512, 16, 150)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = ("float32", "bfloat16")
 # Where the layer finds each op.
 PLACES = {
     "inverted_bottleneck": (inverted_bottleneck, "with_recipe"),
@@ -105,13 +105,15 @@ def table(rows: Sequence[dict]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=60)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()
     ceilings = Ceilings("cpu")
-    ceilings.measure(list(DTYPES), 1.0, quick=True)
-    rows = [row for dtype in DTYPES for row in rows_of(dtype, SHAPE, options.calls, ceilings)]
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    ceilings.measure(dtypes, 1.0, quick=True)
+    rows = [row for dtype in dtypes for row in rows_of(dtype, SHAPE, options.calls, ceilings)]
     report.publish("breakdown", arguments, rows, options.out)
     print("\n".join(table(rows)))
     return 0

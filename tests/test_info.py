@@ -63,6 +63,7 @@ def test_the_default_backend_does_not_disturb_it():
         assert info.collect()["ops"]["cpu"] == chosen
 
 
-def test_an_op_whose_kernels_are_half_triton_does_not_say_that_there_are_none():
-    reasons = backends._kernels["inverted_bottleneck"]["triton"][0]()
-    assert reasons == ["its Triton kernels run as part of 'cuda'"]
+def test_an_op_whose_kernels_are_half_triton_does_not_say_that_there_are_none(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend("Triton", "cpu", ""))
+    arguments = info._examples("cpu")["inverted_bottleneck"]
+    assert backends.why_not("inverted_bottleneck", "triton", *arguments) == ["its Triton kernels run as part of 'cuda'"]
