@@ -167,6 +167,15 @@ void forward(const Downsample& op, const Tensor& weight, const std::optional<Ten
   if (!in_place) copy_tokens<T, false>(op, map, rows);
 }
 
+// out = a b
+void product(const Downsample& op, const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (op.bf16 || !own_product(op)) return call_out("aten::mm", a, b, out);
+  const auto matrix = [](const Tensor& t) {
+    return Matrix{static_cast<float*>(t.data_ptr()), t.stride(0), t.stride(1)};
+  };
+  multiply_all(a.size(0), b.size(1), a.size(1), matrix(a), matrix(b), matrix(out), false);
+}
+
 template <class T>
 void backward(const Downsample& op, const Tensor& grad, const Tensor& weight, const Tensor& dimage, Tensor dweight,
               std::optional<Tensor> dbias) {
@@ -179,14 +188,14 @@ void backward(const Downsample& op, const Tensor& grad, const Tensor& weight, co
   }
   move_patches<T, true>(op, op.image, patches);
   const bool in_place = op.channels_first ? dweight.is_contiguous() : lies_channels_last(dweight);
-  const Tensor product = in_place ? view(dweight, {C, 9 * C}, {9 * C, 1}) : empty(grad, C, 9 * C);
-  call_out("aten::mm", view(rows, {C, n}, {1, C}), patches, product);
+  const Tensor gradient = in_place ? view(dweight, {C, 9 * C}, {9 * C, 1}) : empty(grad, C, 9 * C);
+  product(op, view(rows, {C, n}, {1, C}), patches, gradient);
   if (!in_place) {
     const std::vector<int64_t> strides =
         op.channels_first ? std::vector<int64_t>{9 * C, 9, 3, 1} : std::vector<int64_t>{9 * C, 1, 3 * C, C};
-    torch::stable::copy_(dweight, view(product, {C, C, 3, 3}, strides));
+    torch::stable::copy_(dweight, view(gradient, {C, C, 3, 3}, strides));
   }
-  call_out("aten::mm", rows, rows_of(weight), patches);
+  product(op, rows, rows_of(weight), patches);
   move_patches<T, false>(op, map_of(dimage), patches);
 }
 

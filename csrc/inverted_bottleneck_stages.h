@@ -182,10 +182,17 @@ struct Kept {
   int64_t count = -1;  // how many, if it is known
 };
 
-// Where it pays to pass over zeros of a left matrix: as measured, with as few columns as a panel holds it does not.
-inline bool worth_sparse(const MatrixProduct& p) {
+// The product by passing over zeros of the left matrix, where it pays: as measured, with as few columns as a panel holds
+// it does not.
+inline bool sparse_product_if_worth(MatrixProduct& p) {
   if (p.a_term != 1 || p.columns < 64) return false;
-  return static_cast<double>(FUSEKERN_PICK(matrix_product_not_zero)(p)) < 0.7 * p.rows * p.terms;
+  const Scratch kept(2 * FUSEKERN_PICK(sparse_product_words)(p));
+  uint64_t* const words = reinterpret_cast<uint64_t*>(kept.data);
+  if (static_cast<double>(FUSEKERN_PICK(find_not_zero)(p, words)) >= 0.7 * p.rows * p.terms) return false;
+  p.kept = words;
+  const Scratch memory(FUSEKERN_PICK(sparse_product_floats)(p));
+  FUSEKERN_PICK(sparse_product)(p, memory.data);
+  return true;
 }
 
 // Where it pays to compute alone what is kept. With AVX2 half the registers hold half as much.
@@ -215,16 +222,13 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool ad
     p.c_row = to.stride(rows);
     if (add && hints.addend != nullptr)
       p.addend = static_cast<const float*>(hints.addend->data_ptr()), p.addend_row = hints.addend->stride(rows);
-    if (rows == 0 && hints.activated && worth_sparse(p)) {
-      const Scratch memory(FUSEKERN_PICK(sparse_product_floats)(p));
-      return FUSEKERN_PICK(sparse_product)(p, memory.data);
-    }
+    if (rows == 0 && hints.activated && sparse_product_if_worth(p)) return;
     if (rows == 0 && hints.kept != nullptr && worth_masking(p, *hints.kept)) {
       p.wanted = hints.kept->bits.data(), p.wanted_row = hints.kept->row;
       const Scratch memory(FUSEKERN_PICK(masked_product_floats)());
       return FUSEKERN_PICK(masked_product)(p, memory.data);
     }
-    const Scratch packed(FUSEKERN_PICK(matrix_product_floats)());
+    const Scratch packed(FUSEKERN_PICK(matrix_product_floats)(p));
     FUSEKERN_PICK(matrix_product)(p, packed.data);
   };
   if (own && to.stride(1) == 1 && can(b, 1)) return run(a, b, 0, 1);

@@ -1,6 +1,6 @@
-// The bodies of all ops for CPUs with AVX2 and FMA.
+// The bodies of all ops for CPUs with AVX2, FMA and BMI1.
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,bmi")
 #define FUSEKERN_ISA avx2
 
 #include "conv2former_body.h"

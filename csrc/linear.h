@@ -35,8 +35,21 @@ inline void multiply(int64_t rows, int64_t columns, int64_t terms, const Matrix&
   p.a = a.data, p.a_row = a.row, p.a_term = a.column;
   p.b = b.data, p.b_term = b.row, p.b_column = b.column;
   p.c = c.data, p.c_row = c.row;
-  const Scratch packed(FUSEKERN_PICK(matrix_product_floats)());
+  const Scratch packed(FUSEKERN_PICK(matrix_product_floats)(p));
   FUSEKERN_PICK(matrix_product)(p, packed.data);
+}
+
+// c [rows][columns] (+)= a [rows][terms] b [terms][columns], in blocks of rows and columns.
+inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b,
+                         const Matrix& c, bool add) {
+  const int64_t across = parts(columns, PRODUCT_COLUMNS), down = parts(rows, PRODUCT_ROWS);
+  in_parallel(across * down, 2 * rows * columns * terms / (across * down), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t r = item / across * PRODUCT_ROWS, i = item % across * PRODUCT_COLUMNS;
+      multiply(std::min(PRODUCT_ROWS, rows - r), std::min(PRODUCT_COLUMNS, columns - i), terms, at(a, r, 0),
+               at(b, 0, i), at(c, r, i), add);
+    }
+  });
 }
 
 // A contiguous vector in fp32.
@@ -71,7 +84,7 @@ struct Linear {
 
 inline void linear(const Linear& l) {
   // With AVX2 half the registers hold few sums, and adding up their lanes costs more than copies that many rows share.
-  const bool by_columns = cpu_isa() == Isa::avx2 && !l.bf16 && l.together >= 40;
+  const bool by_columns = cpu_isa() == Isa::avx2 && !l.bf16 && l.together >= 24;
   const int64_t across = parts(l.columns, PRODUCT_COLUMNS), down = parts(l.rows, PRODUCT_ROWS), size = l.bf16 ? 2 : 4;
   const auto moved = [size](const void* p, int64_t numbers) {
     return p == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(p)) + numbers * size;

@@ -24,6 +24,7 @@ struct MatrixProduct {
   bool pairs;           // of matrix_product, where cpu_has_bf16(): two bf16 stand for each number of a and b
   const float* addend;  // of matrix_product: what is added to lies here, null for in c itself
   int64_t addend_row;
+  const uint64_t* kept;   // of a, for sparse_product: see find_not_zero
   const uint8_t* wanted;  // [rows][columns] bits, for masked_product
   int64_t wanted_row;     // bytes, of a multiple of 32 columns
   Beside beside;
@@ -54,12 +55,13 @@ struct LinearFinish {
 };
 
 FUSEKERN_BODY(
-    int64_t matrix_product_floats();  // of working memory
+    int64_t matrix_product_floats(const MatrixProduct& product);  // of working memory
     void matrix_product(const MatrixProduct& product, float* packed);
     void dot_product(const DotProduct& product);
-    // Of an a whose terms lie side by side: how many of its numbers are not zero, and the product, to the same bits, by
-    // passing over those that are.
-    int64_t matrix_product_not_zero(const MatrixProduct& product);
+    // Of an a whose terms lie side by side: which of its numbers are not zero, and how many; and the product, to the
+    // same bits, by passing over those that are.
+    int64_t sparse_product_words(const MatrixProduct& product);
+    int64_t find_not_zero(const MatrixProduct& product, uint64_t* kept);
     int64_t sparse_product_floats(const MatrixProduct& product);  // of working memory
     void sparse_product(const MatrixProduct& product, float* memory);
     // Of such an a, with zero for what is not wanted of c.

@@ -30,7 +30,7 @@ struct Pairs {
 template <class Terms, int M, int N>
 static void tile(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, int64_t terms,
                  Lanes last, const float* addend, int64_t lda, Ahead ahead, Ahead& beside) {
-  constexpr int64_t EACH = 8;
+  constexpr int64_t EACH = W == 16 ? 8 : 16;
   V sums[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
@@ -83,17 +83,26 @@ static void pack(const MatrixProduct& p, int64_t column, int64_t columns, int64_
     Lanes lanes[N];
     for (int n = 0; n < N; ++n) lanes[n] = first(columns - n * W);
     for (int64_t i = begin; i < end; ++i, to += N * W)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int n = 0; n < N; ++n) store(to + n * W, load(from + i * p.b_term + n * W, lanes[n]));
     return;
   }
   for (int64_t j = 0; j < N * W; j += W)
     for (int64_t i = begin; i < end; i += W) {
+      const float* const at = from + j * p.b_column + i * p.b_term;
+      float* const turned = to + (i - begin) * N * W + j;
       V block[W];
-      for (int k = 0; k < W; ++k)
-        block[k] = j + k >= columns ? zero() : load(from + (j + k) * p.b_column + i * p.b_term, first(end - i));
+      if (j + W <= columns && i + W <= end) {
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) block[k] = load(at + k * p.b_column);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) store(turned + k * N * W, block[k]);
+        continue;
+      }
+      for (int k = 0; k < W; ++k) block[k] = j + k >= columns ? zero() : load(at + k * p.b_column, first(end - i));
       transpose(block);
-      for (int64_t k = 0; k < W && i + k < end; ++k) store(to + (i - begin + k) * N * W + j, block[k]);
+      for (int64_t k = 0; k < W && i + k < end; ++k) store(turned + k * N * W, block[k]);
     }
 }
 
@@ -111,8 +120,36 @@ static Ahead ahead_of(const MatrixProduct& p, int64_t column, int64_t begin, int
           0};
 }
 
+// With AVX2, where the terms of a lie far apart: rows of tiles are copied together, since lines a power of two apart, of
+// which each tile takes a part, push each other out of the caches.
+FUSEKERN_INLINE bool copies_rows(const MatrixProduct& p) {
+  return W == 8 && p.a_row == 1 && p.a_term != 1 && p.columns >= 8 * W;
+}
+
+// Terms `begin` to `end` of all rows, in even parts: [part][term][row].
+static void pack_rows(const MatrixProduct& p, int64_t begin, int64_t end, float* to) {
+  constexpr int64_t EACH = 8;  // terms, whose lines stay near for the next part
+  const int64_t parts = (p.rows + TALLEST - 1) / TALLEST, terms = end - begin;
+  for (int64_t i = 0; i < terms; i += EACH)
+    for (int64_t part = 0, row = 0; part < parts; ++part) {
+      const int64_t some = (p.rows - row + parts - part - 1) / (parts - part), last = i + EACH < terms ? i + EACH : terms;
+      const Lanes lanes = first(some);
+      const float* from = p.a + (begin + i) * p.a_term + row;
+      float *at = to + row * terms + i * some, *const end = to + (row + some) * terms;
+      for (int64_t j = i; j < last; ++j, from += p.a_term, at += some) {
+        const V numbers = load(from, lanes);
+        if (at + W <= end)
+          store(at, numbers);  // what it stores beyond them, the next terms replace
+        else
+          store(at, numbers, lanes);
+      }
+      row += some;
+    }
+}
+
 template <class Terms>
 static void panels(const MatrixProduct& p, float* packed) {
+  float* const rows_packed = packed + 2 * W * TERMS;
   Ahead beside = ahead_of(p.beside);
   int64_t begin = 0;
   for (int64_t blocks = (p.terms + TERMS - 1) / TERMS; blocks > 0; --blocks) {
@@ -120,10 +157,11 @@ static void panels(const MatrixProduct& p, float* packed) {
     const bool further = begin > 0 || p.addend == nullptr;  // c itself has what is added to
     const float* const addend = further ? p.add || begin > 0 ? p.c : nullptr : p.addend;
     const int64_t lda = further ? p.c_row : p.addend_row;
+    if (copies_rows(p)) pack_rows(p, begin, end, rows_packed);
     for (int64_t column = 0; column < p.columns; column += 2 * W) {
       const int64_t columns = p.columns - column < 2 * W ? p.columns - column : 2 * W;
       pack<2>(p, column, columns, begin, end, packed);
-      const float* a = p.a + begin * p.a_term;
+      const float* a = copies_rows(p) ? rows_packed : p.a + begin * p.a_term;
       float* c = p.c + column;
       const float* from = addend == nullptr ? nullptr : addend + column;
       // Even parts: with few rows each sum would wait for itself.
@@ -131,13 +169,14 @@ static void panels(const MatrixProduct& p, float* packed) {
       for (int64_t part = 0, rows = p.rows; part < parts; ++part) {
         const int64_t some = (rows + parts - part - 1) / (parts - part);
         const Ahead ahead = ahead_of<2>(p, column + 2 * W, begin, end, part, parts);
+        const int64_t step = copies_rows(p) ? some : p.a_term;
         if (columns > W)
-          tile_of<Terms, TALLEST, 2>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns - W),
+          tile_of<Terms, TALLEST, 2>(some, a, p.a_row, step, packed, c, p.c_row, end - begin, first(columns - W),
                                      from, lda, ahead, beside);
         else
-          tile_of<Terms, TALLEST, 1>(some, a, p.a_row, p.a_term, packed, c, p.c_row, end - begin, first(columns), from,
+          tile_of<Terms, TALLEST, 1>(some, a, p.a_row, step, packed, c, p.c_row, end - begin, first(columns), from,
                                      lda, ahead, beside);
-        a += some * p.a_row, c += some * p.c_row, rows -= some;
+        a += copies_rows(p) ? some * (end - begin) : some * p.a_row, c += some * p.c_row, rows -= some;
         if (from != nullptr) from += some * lda;
       }
     }
@@ -158,7 +197,10 @@ void turn_matrix(const float* matrix, int64_t rows, int64_t columns, float* to, 
     }
 }
 
-int64_t matrix_product_floats() { return 2 * W * product::TERMS; }
+int64_t matrix_product_floats(const MatrixProduct& p) {
+  using namespace product;
+  return 2 * W * TERMS + (copies_rows(p) ? p.rows * (p.terms < TERMS ? p.terms : TERMS) : 0);
+}
 
 void matrix_product(const MatrixProduct& p, float* packed) {
   using namespace product;

@@ -19,8 +19,8 @@ namespace fusekern::FUSEKERN_ISA {
 
 namespace sparse {
 
-constexpr int WIDEST = 8;      // vectors of a panel
-constexpr int64_t TERMS = 64;  // of a panel, at most: a bit each
+constexpr int WIDEST = W == 16 ? 8 : 12;  // vectors of a panel
+constexpr int64_t TERMS = 64;             // of a panel, at most: a bit each
 
 // Bit i: term i of a row is not zero.
 FUSEKERN_INLINE uint64_t terms_of(const float* a, int64_t terms) {
@@ -33,6 +33,18 @@ FUSEKERN_INLINE uint64_t terms_of(const float* a, int64_t terms) {
   for (int64_t i = 0; i < terms; i += W)
     bits |= static_cast<uint64_t>(not_zero(load(a + i, first(terms - i)))) << i;
   return bits;
+}
+
+// The terms of a product in panels: f(begin, end, from, to) of each, where those from `from` to `to` are added up before
+// they meet c.
+template <class F>
+FUSEKERN_INLINE void for_panels(int64_t terms, const F& f) {
+  int64_t begin = 0;
+  for (int64_t blocks = (terms + product::TERMS - 1) / product::TERMS; blocks > 0; --blocks) {
+    const int64_t from = begin, to = from + (terms - from + blocks - 1) / blocks;
+    for (; begin < to; begin = begin + TERMS < to ? begin + TERMS : to)
+      f(begin, begin + TERMS < to ? begin + TERMS : to, from, to);
+  }
 }
 
 // Lines to be fetched, as many at a time.
@@ -57,7 +69,8 @@ FUSEKERN_INLINE void fetch_near(const float* a, int64_t count) {
 
 // Some terms of some columns: what all rows add of them to their sums.
 struct Panel {
-  const float* b;  // [terms][N * W]
+  const float* b;        // [terms][N * W]
+  const uint64_t* kept;  // [rows]: which terms are not zero
   int64_t begin, terms;
   bool whole;        // no term is passed over
   bool first, last;  // of those that are added up before they meet c
@@ -68,34 +81,28 @@ template <int N>
 static void add_panel(const MatrixProduct& p, const Panel& panel, float* sums, float* c, Lanes lanes,
                       Fetches near, Fetches& beside) {
   const float* a = p.a + panel.begin;
-  const auto bits_of = [&](const float* a) __attribute__((always_inline)) {
-    return panel.whole ? ~uint64_t{0} >> (TERMS - panel.terms) : terms_of(a, panel.terms);
-  };
-  // A row ahead, so that its sums need not wait for them.
-  uint64_t following = bits_of(a);
   for (int64_t row = 0; row < p.rows; ++row, a += p.a_row, sums += N * W, c += p.c_row) {
     near.next(), beside.next();
-    uint64_t bits = following;
-    following = row + 1 < p.rows ? bits_of(a + p.a_row) : 0;
     fetch_near(a + 3 * p.a_row, panel.terms);
     if (panel.first)
       for (int n = 0; n < N; ++n) prefetch(c + n * W);
     V sum[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; ++n) sum[n] = panel.first ? zero() : load(sums + n * W);
-    for (; bits != 0; bits &= bits - 1) {
+    for (uint64_t bits = panel.whole ? ~uint64_t{0} >> (TERMS - panel.terms) : panel.kept[row]; bits != 0;
+         bits &= bits - 1) {
       const int64_t i = __builtin_ctzll(bits);
       const V factor = through_register(a + i);
       const float* const b = panel.b + i * N * W;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int n = 0; n < N; ++n) sum[n] = fma(factor, load(b + n * W), sum[n]);
     }
     if (!panel.last) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int n = 0; n < N; ++n) store(sums + n * W, sum[n]);
       continue;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; ++n) {
       float* const to = c + n * W;
       if (n < N - 1)
@@ -111,28 +118,24 @@ template <int N>
 static void add_columns(const MatrixProduct& p, int64_t column, float* memory, Fetches& beside) {
   const int64_t columns = p.columns - column < N * W ? p.columns - column : N * W;
   float *const packed = memory, *const sums = memory + TERMS * WIDEST * W;
-  int64_t begin = 0;
-  for (int64_t blocks = (p.terms + product::TERMS - 1) / product::TERMS; blocks > 0; --blocks) {
-    const int64_t end = begin + (p.terms - begin + blocks - 1) / blocks;
-    const bool add = p.add || begin > 0;
-    for (int64_t from = begin; from < end; from += TERMS) {
-      const int64_t to = from + TERMS < end ? from + TERMS : end;
-      product::pack<N>(p, column, columns, from, to, packed);
-      V spoilt = zero();
-      for (int64_t i = 0; i < (to - from) * N * W; i += W) spoilt = fma(load(packed + i), zero(), spoilt);
-      const Panel panel{packed, from, to - from, sum(spoilt) != 0.f, from == begin, to == end, add};
-      const int64_t next = to < p.terms ? to : 0, further = next + TERMS < p.terms ? next + TERMS : p.terms;
-      const product::Ahead ahead = product::ahead_of<N>(p, next > 0 ? column : column + N * W, next, further, 0, 1);
-      add_panel<N>(p, panel, sums, p.c + column, first(columns - (N - 1) * W), {ahead, p.rows}, beside);
-    }
-    begin = end;
-  }
+  const uint64_t* kept = p.kept;
+  for_panels(p.terms, [&](int64_t begin, int64_t end, int64_t from, int64_t to) {
+    product::pack<N>(p, column, columns, begin, end, packed);
+    V spoilt = zero();
+    for (int64_t i = 0; i < (end - begin) * N * W; i += W) spoilt = fma(load(packed + i), zero(), spoilt);
+    const bool whole = sum(spoilt) != 0.f, add = p.add || from > 0;
+    const Panel panel{packed, kept, begin, end - begin, whole, begin == from, end == to, add};
+    const int64_t next = end < p.terms ? end : 0, further = next + TERMS < p.terms ? next + TERMS : p.terms;
+    const product::Ahead ahead = product::ahead_of<N>(p, next > 0 ? column : column + N * W, next, further, 0, 1);
+    add_panel<N>(p, panel, sums, p.c + column, first(columns - (N - 1) * W), {ahead, p.rows}, beside);
+    kept += p.rows;
+  });
 }
 
-template <int N>
-static void add_last(const MatrixProduct& p, int64_t column, float* memory, Fetches& beside) {
+template <int N = WIDEST>
+static void add_vectors(int vectors, const MatrixProduct& p, int64_t column, float* memory, Fetches& beside) {
   if constexpr (N > 1)
-    if (p.columns - column <= (N - 1) * W) return add_last<N - 1>(p, column, memory, beside);
+    if (vectors < N) return add_vectors<N - 1>(vectors, p, column, memory, beside);
   add_columns<N>(p, column, memory, beside);
 }
 
@@ -201,11 +204,21 @@ static void fill_last(const MatrixProduct& p, int64_t begin, float* packed, Fetc
 
 }  // namespace sparse
 
-int64_t matrix_product_not_zero(const MatrixProduct& p) {
+int64_t sparse_product_words(const MatrixProduct& p) {
+  int64_t panels = 0;
+  sparse::for_panels(p.terms, [&](int64_t, int64_t, int64_t, int64_t) { ++panels; });
+  return panels * p.rows;
+}
+
+int64_t find_not_zero(const MatrixProduct& p, uint64_t* bits) {
   int64_t found = 0;
   for (int64_t row = 0; row < p.rows; ++row) {
     const float* const a = p.a + row * p.a_row;
-    for (int64_t i = 0; i < p.terms; i += W) found += __builtin_popcount(not_zero(load(a + i, first(p.terms - i))));
+    uint64_t* to = bits + row;
+    sparse::for_panels(p.terms, [&](int64_t begin, int64_t end, int64_t, int64_t) {
+      *to = sparse::terms_of(a + begin, end - begin);
+      found += __builtin_popcountll(*to), to += p.rows;
+    });
   }
   return found;
 }
@@ -226,8 +239,11 @@ void sparse_product(const MatrixProduct& p, float* memory) {
   using namespace sparse;
   Fetches beside(product::ahead_of(p.beside), p.rows * panels_of(p, WIDEST * W, TERMS));
   int64_t column = 0;
-  for (; column + WIDEST * W <= p.columns; column += WIDEST * W) add_columns<WIDEST>(p, column, memory, beside);
-  if (column < p.columns) add_last<WIDEST>(p, column, memory, beside);
+  for (int64_t panels = (p.columns + WIDEST * W - 1) / (WIDEST * W); panels > 0; --panels) {  // even ones
+    const int64_t left = (p.columns - column + W - 1) / W, vectors = (left + panels - 1) / panels;
+    add_vectors(static_cast<int>(vectors), p, column, memory, beside);
+    column += vectors * W;
+  }
 }
 
 }  // namespace fusekern::FUSEKERN_ISA

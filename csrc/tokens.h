@@ -35,19 +35,7 @@ struct Room {
   const MatrixOf<T> matrix;
 };
 
-// c [rows][columns] (+)= a [rows][terms] b [terms][columns], in blocks of rows and columns.
-inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const Matrix& a, const Matrix& b,
-                         const Matrix& c, bool add) {
-  const int64_t across = parts(columns, PRODUCT_COLUMNS), down = parts(rows, PRODUCT_ROWS);
-  in_parallel(across * down, 2 * rows * columns * terms / (across * down), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t r = item / across * PRODUCT_ROWS, i = item % across * PRODUCT_COLUMNS;
-      multiply(std::min(PRODUCT_ROWS, rows - r), std::min(PRODUCT_COLUMNS, columns - i), terms, at(a, r, 0), at(b, 0, i), at(c, r, i),
-               add);
-    }
-  });
-}
-
+// As in fp32, by torch.
 inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const MatrixOf<uint16_t>& a,
                          const MatrixOf<uint16_t>& b, const MatrixOf<uint16_t>& c, bool add) {
   const auto tensor = [](const MatrixOf<uint16_t>& m, int64_t rows, int64_t columns) {

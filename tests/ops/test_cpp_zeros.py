@@ -17,7 +17,7 @@ import fusekern._C as extension
 
 # Where the affine of a norm before ReLU6 stands among a stage's arguments.
 AFFINES = {"project_fwd": (1,), "project_bwd": (4,), "infer": (2, 4)}
-# Beside and on panels of 64 terms, 128 columns, 32 wanted columns and 256 terms; more than one block and chunk.
+# Beside and on panels of 64 terms, 96 or 128 columns, 32 wanted columns and 256 terms; more than one block and chunk.
 LARGER = [
     (1, 9, 130, 150, 12, 11, 3, 1),
     (1, 24, 70, 260, 7, 9, 3, 1),
@@ -62,7 +62,7 @@ def beside(y: Tensor, filler: float) -> Tensor:
 
 
 @pytest.mark.parametrize("spoilt", [None, float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize(("hidden", "outside"), [(64, 70), (300, 150), (97, 130)])
+@pytest.mark.parametrize(("hidden", "outside"), [(64, 70), (300, 150), (97, 130), (1090, 97)])
 def test_no_bit_of_a_product_shows_it(hidden, outside, spoilt):
     """Beside pixels without zeros all terms are multiplied, and alone only some of them, unless a weight is not finite:
     zero times that is no zero."""
