@@ -143,6 +143,22 @@ def test_two_runs_give_equal_bits(layout, dtype):
     assert not torch.equal(run(image, weight, bias, grad, layout)[0], expected[0])
 
 
+@pytest.mark.skipif(extension.cpu_capability() == "baseline", reason="without FMA the products are torch's")
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+def test_neither_threads_nor_other_images_show(layout):
+    image, weight, bias, grad = make((3, 128, 16, 16), torch.float32, "floor")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run(image, weight, bias, grad, layout)
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, run(image, weight, bias, grad, layout), expected))
+    finally:
+        torch.set_num_threads(threads)
+    alone = run(image[1:2], weight, bias, grad[1:2], layout)
+    assert torch.equal(alone[0], expected[0][1:2]) and torch.equal(alone[1], expected[1][1:2])
+
+
 @pytest.mark.parametrize("dim", range(4))
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
 def test_strides_beyond_31_bits(layout, dim):
