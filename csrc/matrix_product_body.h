@@ -132,7 +132,8 @@ static void pack_rows(const MatrixProduct& p, int64_t begin, int64_t end, float*
   const int64_t parts = (p.rows + TALLEST - 1) / TALLEST, terms = end - begin;
   for (int64_t i = 0; i < terms; i += EACH)
     for (int64_t part = 0, row = 0; part < parts; ++part) {
-      const int64_t some = (p.rows - row + parts - part - 1) / (parts - part), last = i + EACH < terms ? i + EACH : terms;
+      const int64_t some = (p.rows - row + parts - part - 1) / (parts - part);
+      const int64_t last = i + EACH < terms ? i + EACH : terms;
       const Lanes lanes = first(some);
       const float* from = p.a + (begin + i) * p.a_term + row;
       float *at = to + row * terms + i * some, *const end = to + (row + some) * terms;
