@@ -35,7 +35,7 @@ struct Room {
   const MatrixOf<T> matrix;
 };
 
-// As in fp32, by torch.
+// The same of bf16, by torch.
 inline void multiply_all(int64_t rows, int64_t columns, int64_t terms, const MatrixOf<uint16_t>& a,
                          const MatrixOf<uint16_t>& b, const MatrixOf<uint16_t>& c, bool add) {
   const auto tensor = [](const MatrixOf<uint16_t>& m, int64_t rows, int64_t columns) {
