@@ -112,8 +112,8 @@ def _roofline(rows: list[dict], found: dict) -> Figure:
             axis.plot([low, peak / rate], [low * rate / 1e9, peak / 1e9], style, color="#333333", label=label)
             if len(copies) == 1:
                 break
-        axis.plot([peak / max(copies.values()), high], [peak / 1e9] * 2, "-", color="#333333")
-        axis.annotate(f"GEMM: {peak / 1e9:.4g} GFLOP/s", (high, peak / 1e9), ha="right", va="bottom", fontsize=8)
+        flat, label = [peak / max(copies.values()), high], f"GEMM: {peak / 1e9:.4g} GFLOP/s"
+        axis.plot(flat, [peak / 1e9] * 2, "--", color="#333333", label=label)
         for x, rate, ours, layout in points:
             marker = "D" if layout == "channels_last" else "s"
             label = f"{FUSED if ours else 'fastest other'}, {layout}"

@@ -274,11 +274,15 @@ FUSEKERN_INLINE void prefetch_near(const void* p) {
 // *p in all lanes, by way of a general register: where vectors are read at full rate, a broadcast from memory takes the
 // place of one.
 FUSEKERN_INLINE V through_register(const float* p) {
-#if FUSEKERN_WIDTH == 16
+#if FUSEKERN_WIDTH > 4
   uint32_t bits;
   __builtin_memcpy(&bits, p, 4);
   V x;
+#if FUSEKERN_WIDTH == 16
   asm("vpbroadcastd %1, %0" : "=v"(x) : "r"(bits));
+#else
+  asm("vmovd %1, %x0\n\tvbroadcastss %x0, %0" : "=x"(x) : "r"(bits));
+#endif
   return x;
 #else
   return set1(*p);

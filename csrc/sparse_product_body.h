@@ -83,7 +83,7 @@ static void add_panel(const MatrixProduct& p, const Panel& panel, float* sums, f
   const float* a = p.a + panel.begin;
   for (int64_t row = 0; row < p.rows; ++row, a += p.a_row, sums += N * W, c += p.c_row) {
     near.next(), beside.next();
-    fetch_near(a + 3 * p.a_row, panel.terms);
+    fetch_near(a + 3 * p.a_row, TERMS);  // a number that the compiler knows
     if (panel.first)
       for (int n = 0; n < N; ++n) prefetch(c + n * W);
     V sum[N];

@@ -97,6 +97,11 @@ def test_eval_takes_eval_options_and_no_training_options(run, tmp_path, capsys):
     assert "unknown option --train.steps" in error_of(capsys, "eval", run, "--train.steps", 3)
 
 
+def test_what_is_missing_is_called_as_the_usage_calls_it(capsys):
+    assert "required: RUN|CHECKPOINT, INPUT, --out\n" in error_of(capsys, "predict")
+    assert "required: RECIPE\n" in error_of(capsys, "train")
+
+
 def test_predict_writes_labels_and_overlays(run, scenes, tmp_path, capsys):
     assert main(["predict", str(run), str(scenes / "images" / "validation"), "--out", str(tmp_path)]) == 0
     labels = sorted((tmp_path / "labels").iterdir())

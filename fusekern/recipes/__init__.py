@@ -166,7 +166,16 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(argv))
     except Exception as error:  # jsonargparse raises several types, argparse one more
-        raise FusekernError(str(error)) from None
+        raise FusekernError(_as_in_usage(str(error), parser)) from None
+
+
+def _as_in_usage(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse calls missing arguments by their keys; users know them by what the usage calls them."""
+    text, colon, missing = message.partition("are required: ")
+    if not colon:
+        return message
+    called = {action.dest: (*action.option_strings, action.metavar)[0] for action in parser._actions}
+    return text + colon + ", ".join(called.get(key, key) for key in missing.split(", "))
 
 
 def to_dict(recipe: Recipe) -> dict:
