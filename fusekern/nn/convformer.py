@@ -20,7 +20,7 @@ from fusekern.nn._backend import HasBackend
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
 from fusekern.nn.text_transformer import TextTransformer
-from fusekern.ops._check import check_alike, check_choice, check_heads
+from fusekern.ops._check import check_alike, check_choice, check_heads, check_tensors
 from fusekern.ops.inverted_bottleneck import Recipe
 
 PRESETS = {
@@ -160,6 +160,7 @@ class ConvFormer(HasBackend):
         Raises:
             ValueError: wrong shape, device or dtype.
         """
+        check_tensors(image=image, text=text)
         if image.dim() != 4 or image.shape[1] != self.channels:
             raise ValueError(f"image must be [B, C, H, W] with C = {self.channels}; got shape {list(image.shape)}")
         if text.dim() not in (2, 3) or text.shape[-1] != self.channels:

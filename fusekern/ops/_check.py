@@ -14,8 +14,17 @@ def autocast_enabled(device: str) -> bool:
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
+def check_tensors(**values: object) -> None:
+    """All are tensors."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
 def check_shape(name: str, tensor: Tensor, layout: str, **sizes: int) -> None:
     """``layout`` as in ``"B C 3 3"``; ``sizes`` gives the letters whose size is known."""
+    if not isinstance(tensor, Tensor):
+        check_tensors(**{name: tensor})
     letters = layout.split()
     fits = tensor.dim() == len(letters)
     for letter, found in zip(letters, tensor.shape, strict=False):
@@ -62,6 +71,8 @@ def check_tokens(name: str, tensor: Tensor) -> None:
 def check_affines(tokens: Tensor, **pairs: tuple) -> None:
     """Pairs of weight and bias that go with the tokens; each with the shape that its weight must have."""
     for name, ((weight, bias), shape) in pairs.items():
+        if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+            check_tensors(**{f"{name} weight": weight, f"{name} bias": bias})
         if weight.shape != shape or bias.shape != shape[:1]:
             raise ValueError(
                 f"{name} must be a weight {list(shape)} and a bias {list(shape[:1])}; "

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_alike, check_choice, check_shape
+from fusekern.ops._check import check_alike, check_choice, check_shape, check_tensors
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_image, follow_autocast, launch
 from fusekern.ops._limits import CPU_HAS_BF16, cpp_dtypes, triton_dtypes
@@ -157,6 +157,7 @@ def downsample(
         FusekernError: the backend was asked for by name and cannot run.
     """
     check_shape("image", image, "B C H W")
+    check_tensors(weight=weight)
     channels = image.shape[1]
     group = weight.shape[1] if weight.dim() == 4 else 0
     # Not `group not in (1, channels)`: torch before 2.14 compiles that wrong where the weight is a module's own.

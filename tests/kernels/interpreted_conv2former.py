@@ -36,12 +36,6 @@ SPLIT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _exact() -> None:
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def make(case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """grad, query and tokens."""
     batch, count, heads, width, height, breadth, layout = case

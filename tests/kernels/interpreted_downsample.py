@@ -30,12 +30,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _exact() -> None:
-    torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def make(case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad, image, weight and bias."""
     batch, channels, height, width, pad, layout, weight_layout = case

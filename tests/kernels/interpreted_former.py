@@ -31,12 +31,6 @@ NAMES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _exact() -> None:
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def lay_out(layout: str, text: Tensor) -> Tensor:
     """The same values in other strides; ``expanded`` repeats the first batch. NaN around it, so that a read shows."""
     batch, count, channels = text.shape

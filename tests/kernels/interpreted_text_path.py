@@ -26,12 +26,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _exact() -> None:
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def make(case, query: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """The results' gradients, and tokens, what was gathered and parameters."""
     grad, (tokens, *former) = make_former(case, dtype)

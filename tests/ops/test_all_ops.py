@@ -190,6 +190,14 @@ def test_a_backend_asked_for_by_name_runs_or_says_why_not(op, backend):
 
 
 @every_op
+def test_arguments_that_are_no_tensors(op):
+    tensors = make(op)
+    for index in range(len(tensors)):
+        with pytest.raises(ValueError, match="must be a tensor; got list"):
+            CALLS[op](*tensors[:index], tensors[index].tolist(), *tensors[index + 1 :])
+
+
+@every_op
 def test_arguments_that_do_not_belong_together(op):
     tensors = make(op)
     for index in range(1, len(tensors)):

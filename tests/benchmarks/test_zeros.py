@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bench import _leave_the_process_as_it_was, run  # noqa: F401, a fixture for all tests
+from bench_runs import run
 
 from bench import inverted_bottleneck, zeros
 from bench.case import Shape, make
