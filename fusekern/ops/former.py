@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_affines, check_heads, check_shape, check_tokens
+from fusekern.ops._check import check_affines, check_heads, check_shape, check_tensors, check_tokens
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_linear, slow_bf16, triton_dtypes
@@ -157,6 +157,7 @@ def affines_of_former(
     channels: int, qkv: Affine, out: Affine, norm1: Affine, up: Affine, down: Affine, norm2: Affine
 ) -> dict[str, tuple]:
     """What ``check_affines`` takes: each with the shape that its weight must have."""
+    check_tensors(**{"up bias": up[1]})
     hidden = up[1].numel()
     return {
         "qkv": (qkv, (3 * channels, channels)),

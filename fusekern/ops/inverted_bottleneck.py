@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusekern.backends import BACKENDS, register, resolve
 from fusekern.ops._batch_norm import Norm, backward_of, fill_vectors, new_vectors, over_processes, readable
-from fusekern.ops._check import check_alike, check_choice, check_shape
+from fusekern.ops._check import check_alike, check_choice, check_shape, check_tensors
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_image, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_dtypes
@@ -475,6 +475,7 @@ def with_recipe(
     channels = image.shape[1]
     check_shape("expand", expand, "E C 1 1", C=channels)
     hidden = expand.shape[0]
+    check_tensors(depthwise=depthwise)
     size = depthwise.shape[-1] if depthwise.dim() else 0
     check_shape("depthwise", depthwise, "E 1 k k", E=hidden, k=size)
     check_shape("project", project, "O E 1 1", E=hidden)
