@@ -3,7 +3,7 @@
 from fusekern.nn.bridges import ImageToTextBridge, TextToImageBridge
 from fusekern.nn.convformer import ConvFormer, ConvFormerBlock, ConvFormerOutput
 from fusekern.nn.inverted_bottleneck import InvertedBottleneck
-from fusekern.nn.inverted_residual import fuse_inverted_residuals
+from fusekern.nn.inverted_residual import FusedInvertedResidual, fuse_inverted_residuals
 from fusekern.nn.semantic_fpn import FeaturePyramid, SemanticFPN
 from fusekern.nn.text_guidance import TextGuidance, TextLinear
 from fusekern.nn.text_transformer import TextTransformer
@@ -13,6 +13,7 @@ __all__ = [
     "ConvFormerBlock",
     "ConvFormerOutput",
     "FeaturePyramid",
+    "FusedInvertedResidual",
     "ImageToTextBridge",
     "InvertedBottleneck",
     "SemanticFPN",

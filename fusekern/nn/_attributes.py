@@ -7,6 +7,7 @@ takes as long as a check of all that an op is given.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 
@@ -30,10 +31,15 @@ def affine(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
 def is_plain(child: nn.Module, *kinds: type[nn.Module]) -> bool:
     """May an op take the place of a child's call: is it of such a kind, not of a subclass, and does nobody listen?
 
-    A parametrized child is a subclass by name alone. Hooks may change what goes in or comes out, or a weight before it
-    is used, as pruning does; a ``forward`` of the instance's own is how others wrap a module in place.
+    A parametrized child is a subclass by name alone. Hooks, its own or those of all modules, may change what goes in or
+    comes out, or a weight before it is used, as pruning does; a ``forward`` of the instance's own is how others wrap a
+    module in place.
     """
     if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
+        return False
+    if of_all._global_forward_pre_hooks or of_all._global_forward_hooks:
+        return False
+    if of_all._global_backward_pre_hooks or of_all._global_backward_hooks:
         return False
     if "forward" in child.__dict__:
         return False

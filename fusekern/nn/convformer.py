@@ -314,7 +314,8 @@ def _awaited_query(following: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 def _and_recipe(bottleneck: nn.Module, image: Tensor) -> tuple[Tensor, Recipe | None]:
     """What the bottleneck makes of an image, and how to make it again, unless somebody may have changed it since."""
     hooked = bottleneck._forward_hooks or torch.nn.modules.module._global_forward_hooks
-    if hooked or not isinstance(bottleneck, InvertedBottleneck):
+    own = "forward" in bottleneck.__dict__ or type(bottleneck).forward is not InvertedBottleneck.forward
+    if hooked or own:
         return bottleneck(image), None
     recipes = []
     wide = bottleneck(image, recipes=recipes)

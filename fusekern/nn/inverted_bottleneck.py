@@ -33,6 +33,9 @@ class InvertedBottleneck(HasBackend):
         memory: ``"default"``, or ``"low"`` to keep less for the backward and compute the expansion twice.
         backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
+    Raises:
+        ValueError: ``kernel_size`` is even, or ``memory`` or ``backend`` unknown.
+
     Shape: ``[B, C, H, W]`` to ``[B, O, ceil(H / stride), ceil(W / stride)]``.
     """
 
@@ -48,6 +51,8 @@ class InvertedBottleneck(HasBackend):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         hidden = channels * expansion
         out_channels = channels if out_channels is None else out_channels
         same = {"padding": kernel_size // 2, "stride": stride}
@@ -65,7 +70,14 @@ class InvertedBottleneck(HasBackend):
     def forward(self, image: Tensor, recipes: list[Recipe] | None = None) -> Tensor:
         """``recipes`` is for one who would keep the result for a backward: how to make it again, if known, is added."""
         parts = Parts(*[self._modules[name] for name in Parts._fields])
-        result, recipe = run(image, parts, self.residual, self.memory, self.backend)
+        known = all(is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) for norm in parts.norms) and are_known(parts)
+        group = group_of(parts.norms) if known else None
+        if group is None:
+            hidden = F.relu6(parts.norm1(parts.expand(image)))
+            hidden = F.relu6(parts.norm2(parts.depthwise(hidden)))
+            result = parts.norm3(parts.project(hidden))
+            return image + result if self.residual else result
+        result, recipe = run(image, parts, group, self.residual, self.memory, self.backend)
         if recipes is not None and recipe is not None:
             recipes.append(recipe)
         return result
@@ -86,15 +98,10 @@ class Parts(NamedTuple):
         return self.norm1, self.norm2, self.norm3
 
 
-def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) -> tuple[Tensor, Recipe | None]:
-    """The block by the op, or by its modules if one of them is not what the op knows; and its result's recipe."""
-    known = all(map(_is_known_norm, parts.norms)) and are_known(parts)
-    group = _group_of(parts.norms) if known else None
-    if group is None:
-        hidden = _activated(parts.norm1, parts.expand(image))
-        hidden = _activated(parts.norm2, parts.depthwise(hidden))
-        result = parts.norm3(parts.project(hidden))
-        return image + result if residual else result, None
+def run(
+    image: Tensor, parts: Parts, group: str, residual: bool, memory: str, backend: str
+) -> tuple[Tensor, Recipe | None]:
+    """The block by the op, and its result's recipe. ``group`` as of ``group_of``."""
     image, statistics, recipe = with_recipe(
         *(image, *[tensor_of(conv, "weight") for conv in (parts.expand, parts.depthwise, parts.project)]),
         tuple(map(_as_argument, parts.norms)),
@@ -110,11 +117,6 @@ def run(image: Tensor, parts: Parts, residual: bool, memory: str, backend: str) 
     if seen:  # here: an exported no_grad with nothing in it cannot be loaded
         _track(seen)
     return image, recipe
-
-
-def _activated(norm: nn.Module, x: Tensor) -> Tensor:
-    """timm's norms have the activation in them; a second ReLU6 changes nothing."""
-    return F.relu6(norm(x))
 
 
 def are_known(parts: Parts) -> bool:
@@ -135,24 +137,11 @@ def are_known(parts: Parts) -> bool:
     return same and across.stride == (step, step) and across.groups == across.in_channels == across.out_channels
 
 
-def _is_known_norm(child: nn.Module) -> bool:
-    return is_plain(child, nn.BatchNorm2d, nn.SyncBatchNorm) or (is_plain(child, type(child)) and _is_timm_norm(child))
-
-
-def _is_timm_norm(child: nn.Module) -> bool:
-    """timm's BatchNormAct2d: a batch norm with an activation, here ReLU6 or none."""
-    if type(child).__name__ not in ("BatchNormAct2d", "SyncBatchNormAct") or not isinstance(
-        child, (nn.BatchNorm2d, nn.SyncBatchNorm)
-    ):
-        return False
-    return isinstance(child.drop, nn.Identity) and isinstance(child.act, (nn.ReLU6, nn.Identity))
-
-
 def _takes_batch(norm: nn.Module) -> bool:
     return norm.training or tensor_of(norm, "running_mean") is None
 
 
-def _group_of(norms: tuple[nn.Module, ...]) -> str | None:
+def group_of(norms: tuple[nn.Module, ...]) -> str | None:
     """The name of the process group that the norms share, empty for none; ``None`` if they do not share it."""
     found = {_own_group(norm) for norm in norms if _takes_batch(norm)}
     return None if len(found) > 1 else "".join(found)
@@ -174,10 +163,11 @@ def _as_argument(norm: nn.BatchNorm2d) -> ops.BatchNorm:
 def _track(seen: list[tuple[nn.BatchNorm2d, ops.BatchStatistics | None]]) -> None:
     """What ``nn.BatchNorm2d.forward`` does to its buffers in training, without its wait for the device, and for all
     norms together: one launch for their counts, and one for the averages of those with the same momentum."""
-    torch._foreach_add_([norm.num_batches_tracked for norm, _ in seen], 1)
+    if counts := [norm.num_batches_tracked for norm, _ in seen if norm.num_batches_tracked is not None]:
+        torch._foreach_add_(counts, 1)
     averages, values = {}, {}
     for norm, statistics in seen:
-        if statistics is None:
+        if statistics is None or norm.running_mean is None:
             continue
         averages.setdefault(norm.momentum, []).extend((norm.running_mean, norm.running_var))
         values.setdefault(norm.momentum, []).extend(statistics)

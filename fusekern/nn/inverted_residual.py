@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fusekern.backends import check_name
 from fusekern.nn._attributes import is_plain
 from fusekern.nn._backend import HasBackend
-from fusekern.nn.inverted_bottleneck import Parts, are_known, run
+from fusekern.nn.inverted_bottleneck import Parts, are_known, group_of, run
 from fusekern.ops._check import check_choice
 from fusekern.ops.inverted_bottleneck import MEMORY
 
@@ -19,18 +19,28 @@ TORCHVISION = Parts("conv.0.0", "conv.0.1", "conv.1.0", "conv.1.1", "conv.2", "c
 class FusedInvertedResidual(HasBackend):
     """A block of timm or torchvision, run by the op ``inverted_bottleneck``.
 
-    It has the block's own children under their own names: weights, optimizers and state dicts stay what they were.
+    It has the block's own children under their own names, and its attributes: weights, optimizers and state dicts stay
+    what they were. Where a child is replaced later, or gets hooks, the block's own forward runs. ``torch.fx`` takes it
+    for a leaf where it is told to: ``tracer_kwargs={"leaf_modules": [FusedInvertedResidual]}``.
     """
 
     def __init__(self, block: nn.Module, names: Parts, residual: bool, memory: str, backend: str) -> None:
         super().__init__()
+        every = vars(nn.Module())
+        self.__dict__.update({name: value for name, value in vars(block).items() if name not in every})
         for name, child in block.named_children():
             self.add_module(name, child)
         self.training = block.training
-        self.names, self.residual, self.memory, self.backend = names, residual, memory, backend
+        self.kind, self.names, self.residual, self.memory, self.backend = type(block), names, residual, memory, backend
 
     def forward(self, image: Tensor) -> Tensor:
-        return run(image, Parts(*map(self.get_submodule, self.names)), self.residual, self.memory, self.backend)[0]
+        if _besides(self, self.names):
+            return self.kind.forward(self, image)
+        parts = Parts(*map(self.get_submodule, self.names))
+        group = group_of(parts.norms)
+        if group is None:
+            return self.kind.forward(self, image)
+        return run(image, parts, group, self.residual, self.memory, self.backend)[0]
 
 
 def fuse_inverted_residuals(model: nn.Module, *, memory: str = "default", backend: str = "auto") -> int:
@@ -76,7 +86,7 @@ def _fuse(model: nn.Module, memory: str, backend: str, more: dict[str, int]) -> 
         found = _layout(child)
         if found is None:
             count += _fuse(child, memory, backend, more)
-        elif besides := _besides(child, found[0]):
+        elif besides := _besides(child, found[0]) if is_plain(child, type(child)) else "hooks or a forward of its own":
             more[besides] = more.get(besides, 0) + 1
         else:
             setattr(model, name, FusedInvertedResidual(child, *found, memory, backend))
@@ -97,20 +107,35 @@ def _layout(block: nn.Module) -> tuple[Parts, bool] | None:
 
 def _besides(block: nn.Module, names: Parts) -> str:
     """What an inverted residual has that the op does not do, in words; empty for nothing."""
-    if not is_plain(block, type(block)):
-        return "hooks or a forward of its own"
-    if names is TIMM:
+    if names == TIMM:
         for name, child in block.named_children():
-            if name not in names and not isinstance(child, nn.Identity):
+            if name not in names and not is_plain(child, nn.Identity):
                 return f"{name} ({type(child).__name__})"
-        activations = [getattr(norm, "act", None) for norm in (block.bn1, block.bn2)]
-        if not isinstance(getattr(block.bn3, "act", None), nn.Identity):
+        norms = block.bn1, block.bn2, block.bn3
+        if not all(map(_is_timm_norm, norms)):
+            return "other norms"
+        *activations, last = [norm.act for norm in norms]
+        if not is_plain(last, nn.Identity):
             return "an activation at its end"
     else:
+        if not is_plain(block.conv, nn.Sequential):
+            return "hooks or another module in the place of conv"
         if len(block.conv) == 3:
             return "no expansion"
-        activations = [stage[2] for stage in block.conv[:2] if len(stage) == 3]
+        *stages, _, norm = block.conv
+        if len(stages) != 2 or not all(is_plain(stage, type(stage)) and len(stage) == 3 for stage in stages):
+            return "other stages"
+        if not all(is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) for norm in (stages[0][1], stages[1][1], norm)):
+            return "other norms"
+        activations = [stage[2] for stage in stages]
     for activation in activations:
-        if not isinstance(activation, nn.ReLU6):
+        if not is_plain(activation, nn.ReLU6):
             return f"the activation {type(activation).__name__}"
-    return "" if len(activations) == 2 and are_known(Parts(*map(block.get_submodule, names))) else "other convolutions"
+    return "" if are_known(Parts(*map(block.get_submodule, names))) else "other convolutions"
+
+
+def _is_timm_norm(norm: nn.Module) -> bool:
+    """timm's BatchNormAct2d: a batch norm with dropout, here none, and an activation."""
+    known = type(norm).__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
+    known = known and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    return known and is_plain(norm, type(norm)) and is_plain(norm.drop, nn.Identity)

@@ -89,6 +89,12 @@ def check_heads(channels: int, heads: int, name: str = "heads") -> None:
         raise ValueError(f"{name} must divide the channels: got {name} = {heads}, C = {channels}")
 
 
+def check_scale(scale: float | None) -> None:
+    """A number: kernels have no gradient for it."""
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, got a tensor: multiply the query or key with a tensor, and pass 1.0")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """``value`` is one of the choices."""
     if value not in choices:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._check import check_alike, check_heads, check_scale, check_shape, check_tokens
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_attention
@@ -112,6 +112,7 @@ def conv2former(
     check_heads(channels, heads)
     check_alike(query=query, tokens=tokens)
     query, tokens = follow_autocast(query, tokens)
+    check_scale(scale)
     backend = resolve("conv2former", backend, query, tokens, heads, scale)
     if backend == "reference":
         return conv2former_reference(query, tokens, heads=heads, scale=scale)

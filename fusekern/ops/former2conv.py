@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusekern.backends import register, resolve
-from fusekern.ops._check import check_alike, check_heads, check_shape, check_tokens
+from fusekern.ops._check import check_alike, check_heads, check_scale, check_shape, check_tokens
 from fusekern.ops._dispatcher import differentiate, fake_of, kernel_op, no_second_derivative
 from fusekern.ops._kernel import empty_image, empty_tokens, follow_autocast, launch
 from fusekern.ops._limits import cpp_dtypes, triton_attention
@@ -126,6 +126,7 @@ def by_recipe(
     check_heads(channels, heads)
     check_alike(image=image, key=key, value=value)
     image, key, value = follow_autocast(image, key, value)
+    check_scale(scale)
     backend = resolve("former2conv", backend, image, key, value, heads, scale)
     if backend == "reference":
         return former2conv_reference(image, key, value, heads=heads, scale=scale)

@@ -517,7 +517,8 @@ def with_recipe(
         BatchStatistics(*seen[2::2].to(_like(norm, image).dtype)) if norm.batch else None
         for norm, seen in zip(norms, vectors, strict=True)
     )
-    recipe = Recipe(out, y3, vectors[2], image if residual else None, chosen) if learning else None
+    # Detached: its gradient comes another way, and compiled autograd has no use for one that is always none.
+    recipe = Recipe(out, y3, vectors[2], image.detach() if residual else None, chosen) if learning else None
     return out, statistics, recipe
 
 

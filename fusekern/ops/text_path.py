@@ -143,11 +143,12 @@ def _backward(ctx, *grads):
     out, no_query = saved[23], saved[21] is None
     if all(grad is None for grad in grads):
         return (None,) * 27
+    unused = [i for i, grad in enumerate(grads[1:4]) if grad is None]
     grads = [torch.zeros_like(out) if grad is None else grad for grad in grads[: 3 if no_query else 4]]
     grads += [out.new_empty(0)] * no_query
-    gradients = _text_path_backward(*grads, *saved, ctx.heads, ctx.backend)
-    if no_query:
-        gradients = (*gradients[:-2], None, None)
+    gradients = list(_text_path_backward(*grads, *saved, ctx.heads, ctx.backend))
+    for i in unused:  # of key, value and query: an optimizer would let weights decay whose gradient is zero
+        gradients[18 + 2 * i : 20 + 2 * i] = None, None
     return (*gradients, None, None, None)
 
 

@@ -140,6 +140,65 @@ def test_a_block_with_hooks_stays():
     assert not isinstance(model.blocks[2][1], FusedInvertedResidual)
 
 
+def swap(model, old, new):
+    for name, child in list(model.named_children()):
+        if isinstance(child, old):
+            setattr(model, name, new(child))
+        else:
+            swap(child, old, new)
+
+
+@every_model
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (nn.ReLU6, lambda child: nn.SiLU()),
+        (nn.BatchNorm2d, lambda child: nn.GroupNorm(1, child.num_features).double()),
+        (nn.Identity, lambda child: nn.Tanh()),
+    ],
+    ids=["activations", "norms", "what does nothing"],
+)
+def test_children_replaced_later_are_run(name, training, old, new):
+    plain, fused = (model.train(training) for model in pair(name))
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    before = loss_of(plain, image)
+    for model in (plain, fused):
+        swap(model, old, new)
+    found, expected = loss_of(fused, image), loss_of(plain, image)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    if name != "torchvision" or old is not nn.Identity:
+        assert not torch.allclose(expected, before)
+
+
+@every_model
+def test_hooks_on_any_part_are_called(name):
+    calls = {}
+    for kind, model in zip(("plain", "fused"), pair(name), strict=True):
+        calls[kind] = []
+        for path, module in model.named_modules():
+            if path and not any(module.children()) or type(module).__name__ == "Conv2dNormActivation":
+                module.register_forward_hook(lambda *_, kind=kind, path=path: calls[kind].append(path))
+        model.eval()(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert calls["fused"] == calls["plain"] != []
+
+
+def test_attributes_stay():
+    model = torchvision.models.mobilenet_v2()
+    before = [(block.out_channels, block._is_cn) for block in model.features[2:-1]]
+    fuse_inverted_residuals(model)
+    assert [(block.out_channels, block._is_cn) for block in model.features[2:-1]] == before
+
+
+def test_fx_takes_blocks_for_leaves():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    plain, fused = (model.eval() for model in pair("torchvision"))
+    extractor = create_feature_extractor(fused, ["features.6"], tracer_kwargs={"leaf_modules": [FusedInvertedResidual]})
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(extractor(image)["features.6"], plain.features[:7](image))
+
+
 def test_wrong_names_are_refused_before_anything_changes():
     model = timm.create_model("mobilenetv2_035")
     with pytest.raises(ValueError, match="memory must be one of default, low, got 'tiny'"):
