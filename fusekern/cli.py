@@ -58,7 +58,9 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--data.dataset", metavar="NAME|YAML", help="another data set with the same classes")
     parser.add_argument("--data.root", metavar="DIR", help="folder of the data, if it is not where training found it")
-    parser.add_argument("--out", metavar="DIR", help="folder of the report; default: eval/ in the run or checkpoint")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the report; default: eval/ in the run or checkpoint, or eval-DATASET"
+    )
     parser.add_argument("--split", choices=["train", "val"], default="val", help="split of the data set")
     parser.add_argument("--baseline", action="store_true", help="also score a classifier that sees only colour")
     options, config = _parse_eval(parser, argv)

@@ -162,11 +162,11 @@ def confusion_png(matrix: np.ndarray, names: Sequence[str], path: str | Path, ti
     axes.set_xlabel("prediction")
     axes.set_ylabel("ground truth")
     hint = "grey: not in the ground truth" if np.isnan(share).any() else ""
-    axes.set_title("\n".join(filter(None, (title, hint))), fontsize=9)
+    axes.set_title("\n".join(filter(None, (title, hint))), fontsize=9, parse_math=False)
     if classes <= 200:
         size = min(9.0, 0.75 * 72 * cell)
-        axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
-        axes.set_yticks(range(classes), names, fontsize=size)
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(classes), names, fontsize=size, parse_math=False)
     if classes <= 20:
         for y, x in np.argwhere(share >= 0.5):
             colour = "black" if share[y, x] > 40 else "white"

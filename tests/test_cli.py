@@ -109,6 +109,18 @@ def test_predict_writes_labels_and_overlays(run, scenes, tmp_path, capsys):
     assert np.asarray(Image.open(labels[0])).min() >= 1  # 0 is void in the scenes' own ids
 
 
+def test_predictions_are_not_written_over_other_files(run, scenes, tmp_path, capsys):
+    image = next((scenes / "images" / "validation").iterdir())
+    mine = tmp_path / "labels" / f"{image.stem}.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"drawn by hand")
+    assert "is there already (1 such files)" in error_of(capsys, "predict", run, image, "--out", tmp_path)
+    assert mine.read_bytes() == b"drawn by hand" and not (tmp_path / "overlays").exists()
+    for _ in range(2):
+        assert main(["predict", str(run), str(image), "--out", str(tmp_path / "new")]) == 0
+    assert json.loads((tmp_path / "new" / "predictions.json").read_text())["dataset"] == "scenes"
+
+
 def test_a_report_or_prediction_that_cannot_be_written_is_said(run, scenes, tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.write_text("a file")

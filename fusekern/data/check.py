@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fusekern.errors import FusekernError
 PANELS = 4  # of each split in the contact sheet
 _LONGEST = 480  # pixels of a panel's side
 _LISTED = 10  # files of one kind in the rendered report
+_SURPLUS = "label without an image"  # is told, and hinders nobody
 
 
 def check_data(spec: DatasetSpec, root: str | Path | None, out: Path) -> dict:
@@ -36,16 +38,17 @@ def check_data(spec: DatasetSpec, root: str | Path | None, out: Path) -> dict:
         out: PNG to write: images beside their overlays, with the names of the classes.
 
     Returns:
-        a dictionary of plain values: ``dataset``, ``root``, ``ok`` (no split has a problem), ``classes`` (names),
-        ``first_id`` (label value of the first class), ``void`` (ignored label values), ``contact_sheet`` (its path, or
-        None if there was nothing to show) and ``splits``. A split has ``images`` and ``labels`` (numbers of files),
-        ``values`` (label value -> pixels, and files that have it), ``absent`` (classes without a pixel) and
-        ``problems`` (kind -> messages, one a file).
+        a dictionary of plain values: ``dataset``, ``root``, ``ok`` (no split has a problem but surplus labels),
+        ``classes`` (names), ``first_id`` (label value of the first class), ``void`` (ignored label values),
+        ``contact_sheet`` (its path, or None if there was nothing to show) and ``splits``. A split has ``images`` and
+        ``labels`` (numbers of files), ``values`` (label value -> pixels, and files that have it), ``absent`` (classes
+        without a pixel) and ``problems`` (kind -> messages, one a file).
 
     Raises:
         FusekernError: there is no root folder to look into, or ``out`` cannot be written.
     """
     folder = data_root(spec, root)
+    _check_writable(out)
     splits, panels = {}, []
     for name, split in (("train", spec.train), ("val", spec.val)):
         if split is not None:
@@ -62,13 +65,22 @@ def check_data(spec: DatasetSpec, root: str | Path | None, out: Path) -> dict:
     return {
         "dataset": spec.name,
         "root": str(folder),
-        "ok": not any(split["problems"] for split in splits.values()),
+        "ok": not any(set(split["problems"]) - {_SURPLUS} for split in splits.values()),
         "classes": list(spec.names),
         "first_id": spec.ids.start,
         "void": list(spec.void),
         "contact_sheet": str(out) if panels else None,
         "splits": splits,
     }
+
+
+def _check_writable(out: Path) -> None:
+    """Before the work, not after it."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise FusekernError(f"--out must be a PNG file, found {out}")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise FusekernError(f"{out}: cannot write the contact sheet: {folder} is no folder that can be written")
 
 
 def render(report: dict) -> str:
@@ -92,7 +104,7 @@ def render(report: dict) -> str:
         lines.append(row)
     lines.append("")
     for name, split in splits.items():
-        count = sum(len(messages) for messages in split["problems"].values())
+        count = sum(len(messages) for kind, messages in split["problems"].items() if kind != _SURPLUS)
         lines.append(f"{name}: {split['images']} images, {split['labels']} labels, {count or 'no'} problems")
         if split["absent"]:
             lines.append(f"  no pixel of: {', '.join(split['absent'])}")
@@ -115,8 +127,8 @@ def _check_split(spec: DatasetSpec, root: Path, name: str, split: Split) -> tupl
         images = {}
         problems["images"].append(str(error))
     labels = {stem: label_path(root, split, stem) for stem in images}
-    for label in sorted(_existing_labels(root, split) - set(labels.values())):
-        problems["label without an image"].append(str(label))
+    for label in sorted(_existing_labels(root, split) - set(labels.values()) - _labels_of_others(spec, root, split)):
+        problems[_SURPLUS].append(str(label))
     pixels, files, good = defaultdict(int), defaultdict(int), []
     for stem, image in tqdm(images.items(), name, leave=False, disable=None):
         before = sum(map(len, problems.values()))
@@ -153,6 +165,15 @@ def _check_split(spec: DatasetSpec, root: Path, name: str, split: Split) -> tupl
         "problems": dict(problems),
     }
     return report, good
+
+
+def _labels_of_others(spec: DatasetSpec, root: Path, split: Split) -> set[Path]:
+    """Of the images of the other split, which may have its labels in the same folder."""
+    try:
+        others = [other for other in (spec.train, spec.val) if other is not None and other is not split]
+        return {label_path(root, other, stem) for other in others for stem in list_images(root, other)}
+    except FusekernError:
+        return set()  # it is told where that split is looked at
 
 
 def _existing_labels(root: Path, split: Split) -> set[Path]:

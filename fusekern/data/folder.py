@@ -96,11 +96,13 @@ def read_label_values(path: str | Path) -> np.ndarray:
         FusekernError: it does not decode, or is neither grey nor palette.
     """
     picture = _decode(path)
-    if picture.mode not in ("L", "P", "I", "I;16"):
+    if picture.mode not in ("1", "L", "P", "I", "I;16"):
         raise NotSingleChannel(
             f"{path}: a label of mode {picture.mode}; a single-channel or palette PNG of class ids is needed"
         )
     values = np.array(picture)
+    if picture.mode == "1":
+        return values.astype(np.uint8)
     if picture.format == "PNG" and picture.mode == "L":
         with open(path, "rb") as file:
             depth = file.read(25)[24]  # bits a pixel: Pillow stretches grey values of 2 and 4 bits to 0..255

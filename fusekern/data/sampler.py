@@ -53,13 +53,16 @@ class StepBatchSampler(Sampler):
     Process r of w takes the r-th of w equal parts of each global batch, in ``accumulate`` micro-batches.
 
     Raises:
-        FusekernError: ``batch`` is not a multiple of ``world * accumulate``, or ``seed`` is negative.
+        FusekernError: ``batch`` is no positive multiple of ``world * accumulate``, or ``seed`` is negative.
     """
 
     def __init__(
         self, n: int, *, batch: int, accumulate: int, seed: int, first_step: int, last_step: int, rank: int, world: int
     ):
-        if batch < 1 or accumulate < 1 or batch % (world * accumulate):
+        for key, value in (("batch", batch), ("accumulate", accumulate)):
+            if value < 1:
+                raise FusekernError(f"train.{key} must be 1 or more, found {value}")
+        if batch % (world * accumulate):
             raise FusekernError(
                 f"train.batch {batch} is the global batch: it must be a multiple of {world * accumulate} "
                 f"({world} processes times train.accumulate {accumulate})"

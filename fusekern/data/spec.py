@@ -110,7 +110,10 @@ class DatasetSpec:
             f"{'are' if len(self.void) > 1 else 'is'} ignored"
         )
         if not self.reduce_zero_label and strange == [len(self.names)]:
-            text += "; are the classes numbered from 1? Then set reduce_zero_label: true"
+            text += (
+                "; is a name missing? Or are the classes numbered from 1, and 0 is what to ignore? Then set "
+                "reduce_zero_label: true"
+            )
         return text
 
 
@@ -216,7 +219,7 @@ class _Reader:
             name=self.get(content, "name", str, self.path.stem, "a text"),
             names=names,
             palette=self.palette(content.get("palette"), len(names)),
-            root=None if root is None else self.path.parent / Path(root).expanduser(),
+            root=None if root is None else (self.path.parent / Path(root).expanduser()).absolute(),
             train=self.split(content, "train"),
             val=self.split(content, "val"),
             ignore_index=self.get(content, "ignore_index", int, IGNORE, "a number"),
@@ -254,7 +257,7 @@ class _Reader:
         if isinstance(value, str):
             file = self.path.parent / Path(value).expanduser()
             try:
-                value = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+                value = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise self.fail(f"names: cannot read {file}: {error}") from error
         if not isinstance(value, list) or not value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -48,7 +49,8 @@ def evaluate_checkpoint(
         path: checkpoint, or run folder for its last one.
         config: test protocol; default: that of the checkpoint's recipe.
         root: folder of the data; default: that of the recipe, or of ``dataset``.
-        out: report folder, made where it is missing; default: ``path/eval``.
+        out: report folder, made where it is missing; default: ``path/eval``, for another data set or the train split
+            with their names behind it.
         split: ``train`` or ``val``.
         baseline: also score the classifier that sees only each pixel's colour.
         dataset: name or YAML of another data set with as many classes; default: the checkpoint's own.
@@ -57,7 +59,8 @@ def evaluate_checkpoint(
         The contents of ``results.json``; the baseline in the first process alone.
 
     Raises:
-        FusekernError: a checkpoint or data that cannot be used, or data with another number of classes.
+        FusekernError: a checkpoint or data that cannot be used, or data with another number or order of classes; of
+            classes with other names it is said.
     """
     # Without cpu=True accelerate ignores torchrun where there is no GPU: each process would count every image.
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -76,14 +79,20 @@ def evaluate_checkpoint(
             f"{checkpoint}: its classes stand in another order than those of the data set {spec.name!r}: {moved[0]!r} "
             f"is class {known.index(moved[0])} of the checkpoint and {spec.names.index(moved[0])} of the data set"
         )
+    renamed = [
+        f"{mine!r} is {theirs!r} there" for mine, theirs in zip(known, spec.names, strict=True) if mine != theirs
+    ]
     if root is None and dataset is None:
         root = loaded.recipe.data.root
     folder = SegmentationFolder(spec, split, root)
     train = SegmentationFolder(spec, "train", root) if baseline else None
     world, rank = state.num_processes, state.process_index
-    out = out or Path(path) / "eval"
+    out = out or Path(path) / _folder_name(spec.name if dataset else "", split)
     if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, better now than after the evaluation
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, better now than after the evaluation
+        except OSError as error:
+            raise FusekernError(f"--out must be a folder that can be written: {error}") from error
     matrix = evaluate(loaded.model, folder, config, device=state.device, rank=rank, world=world)
     # Hashed names are random vectors that carry no meaning: no score of theirs goes without saying so.
     note = "no language prior" if loaded.text_source and not loaded.language_prior else ""
@@ -105,6 +114,8 @@ def evaluate_checkpoint(
     }
     if state.is_main_process:
         lines = [describe(report), "", matrix.table(spec.names, note)]
+        if renamed:
+            lines.insert(1, f"classes whose names are others in the checkpoint: {', '.join(renamed)}")
         if train is not None:
             colour = histogram_baseline(train, folder, len(spec.names))
             report["baseline"] = colour.to_dict(spec.names)
@@ -120,6 +131,11 @@ def evaluate_checkpoint(
         viz.confusion_png(matrix.counts.cpu().numpy(), spec.names, out / "confusion.png", title)
         print(f"\nresults.json, per_class.csv, confusion.csv and confusion.png in {out}")
     return report
+
+
+def _folder_name(dataset: str, split: str) -> str:
+    parts = ["eval", re.sub(r"[^\w.-]+", "-", dataset), "" if split == "val" else split]
+    return "-".join(filter(None, parts))
 
 
 def describe(report: dict) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import Counter
+from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fusekern import viz
+from fusekern._version import __version__
 from fusekern.config import EvalConfig
 from fusekern.data.folder import read_image
 from fusekern.data.spec import DatasetSpec
@@ -21,6 +25,7 @@ from fusekern.data.transforms import resize_for_test
 from fusekern.engine.checkpoint import LoadedSegmenter, load_segmenter, read_recipe
 from fusekern.errors import FusekernError
 
+MANIFEST = "predictions.json"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BAND = 2**22  # values of full-size logits held at once
@@ -31,7 +36,8 @@ def predict(checkpoint: str | Path, input: str | Path, out: Path, *, config: Eva
 
     Writes ``out/labels/NAME.png``, a palette PNG whose values are the data set's own ids, so that it loads again as a
     label, and ``out/overlays/NAME.png`` with a legend of the classes found. NAME is the image's name without its
-    suffix, or with it where two images differ in the suffix alone.
+    suffix, or with it where two images differ in the suffix alone. ``out/predictions.json`` says of what they are; only
+    a folder that has it is written over.
 
     Args:
         checkpoint: checkpoint or run folder.
@@ -43,19 +49,30 @@ def predict(checkpoint: str | Path, input: str | Path, out: Path, *, config: Eva
         The label PNGs.
 
     Raises:
-        FusekernError: no image to read, results that would land on the input, or unreadable images; of a folder, all
-            others are done first.
+        FusekernError: no image to read, results that would land on the input or on files that are no predictions, or
+            unreadable images; of a folder, all others are done first.
     """
     images = _images(Path(input))
     labels, overlays = out / "labels", out / "overlays"
     if images[0].parent.resolve() in (labels.resolve(), overlays.resolve()):
         raise FusekernError(f"{input}: the results would be written over the input; choose another out than {out}")
+    names = _names(images)
+    taken = [file for name in names for file in (labels / f"{name}.png", overlays / f"{name}.png") if file.exists()]
+    if taken and not (out / MANIFEST).is_file():
+        raise FusekernError(
+            f"{taken[0]} is there already ({len(taken)} such files), and without {MANIFEST} beside its folder it is no "
+            f"earlier prediction: choose another --out than {out}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, config = load_for_test(checkpoint, config, device)
-    for folder in (labels, overlays):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for folder in (labels, overlays):
+            folder.mkdir(parents=True, exist_ok=True)
+        _write_manifest(out / MANIFEST, checkpoint, input, loaded, config)
+    except OSError as error:
+        raise FusekernError(f"--out must be a folder that can be written: {error}") from error
     written, failures = [], []
-    for path, name in tqdm(list(zip(images, _names(images), strict=True)), "predict", leave=False, disable=None):
+    for path, name in tqdm(list(zip(images, names, strict=True)), "predict", leave=False, disable=None):
         try:
             image = read_image(path)
         except FusekernError as error:
@@ -72,6 +89,22 @@ def predict(checkpoint: str | Path, input: str | Path, out: Path, *, config: Eva
         done = f"{len(written)} of {len(images)} images labelled in {labels}; not these:\n" if len(images) > 1 else ""
         raise FusekernError(done + "\n".join(failures))
     return written
+
+
+def _write_manifest(
+    path: Path, checkpoint: str | Path, input: str | Path, loaded: LoadedSegmenter, config: EvalConfig
+) -> None:
+    content = {
+        "checkpoint": str(checkpoint),
+        "step": loaded.step,
+        "weights": loaded.weights_used,
+        "dataset": loaded.spec.name,
+        "input": str(input),
+        "protocol": dataclasses.asdict(config),
+        "versions": {"fusekern": __version__, "torch": torch.__version__},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_label(label: np.ndarray, path: Path, spec: DatasetSpec) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,13 +202,19 @@ class _Run:
         self._describe()
         micro_batches = iter(self.loader)
         self._seed()
+        batches, failure = self._read(micro_batches)
+        (unread,) = any_rank(bool(failure), device=self.device)
+        if unread:
+            raise FusekernError(self._why_unread(failure))
         with reports.bar:
             while self.step < settings.steps:
                 rate = optim.set_learning_rate(self.optimizer, self.step, self.recipe.optim, steps=settings.steps)
                 self.stepper.zero_grad()
-                rounds = [self._round(next(micro_batches), turn) for turn in range(settings.accumulate)]
+                rounds = [self._round(batch, turn) for turn, batch in enumerate(batches)]
+                last = self.step + 1 == settings.steps
+                batches, failure = ([], "") if last else self._read(micro_batches)  # of the next step
                 finite = all(part.finite for part in rounds)
-                broken, stop = any_rank(not finite, signals.requested, device=self.device)
+                broken, stop, unread = any_rank(not finite, signals.requested, bool(failure), device=self.device)
                 if broken:
                     self._refuse_to_go_on(rounds)
                 norm = self._update()
@@ -215,6 +223,8 @@ class _Run:
                     reports.step(self.step, rate, norm, self.tokens)
                 if stop and self.step < settings.steps:
                     raise Interrupted(self.step, self._save())
+                if unread:
+                    raise FusekernError(self._why_unread(failure, self._save()))
                 with reports.paused():
                     evaluating = self.data.val is not None and self._due(settings.eval_every)
                     if evaluating or self._due(settings.save_every):
@@ -222,6 +232,20 @@ class _Run:
                     if evaluating:
                         self._evaluate(reports, path, signals)
         return path
+
+    def _read(self, micro_batches: Iterator[dict]) -> tuple[list[dict], str]:
+        """The micro-batches of a step, or why they cannot be read."""
+        try:
+            return list(islice(micro_batches, self.recipe.train.accumulate)), ""
+        except FusekernError as error:
+            return [], str(error)
+
+    def _why_unread(self, failure: str, saved: Path | None = None) -> str:
+        found = "; ".join(filter(None, gather_text(failure, device=self.device)))
+        rest = (
+            f"; the steps before it are saved in {saved}: mend the file and go on with --resume auto" if saved else ""
+        )
+        return f"{found} (needed by step {self.step + 1}{rest})"
 
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.train.steps or (every > 0 and self.step % every == 0)
@@ -285,8 +309,9 @@ class _Run:
         own = "; ".join(str(part) for part in rounds if not part.finite)
         found = "; ".join(text for text in gather_text(own, device=self.device) if text)
         raise FusekernError(
-            f"step {self.step + 1}: the loss is not finite: {found}. The step changed no weight and earlier "
-            "checkpoints are sound: look at these images with fusekern check-data, or lower optim.lr, or set optim.clip"
+            f"step {self.step + 1}: the loss is not finite: {found}. The step changed no weight, and earlier "
+            "checkpoints are sound, if there are any: look at these images with fusekern check-data, or lower optim.lr "
+            "or set optim.clip in a new run, with --init CHECKPOINT"
         )
 
     def _update(self) -> Tensor | None:

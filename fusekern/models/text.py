@@ -163,7 +163,7 @@ def _file_rows(names: tuple[str, ...], config: TextConfig) -> Tensor:
     if config.names is None:
         raise FusekernError(f"text.names: needed beside text.file {config.file} (one name a line, in the rows' order)")
     try:
-        known = [line.strip() for line in Path(config.names).read_text(encoding="utf-8").rstrip().splitlines()]
+        known = [line.strip() for line in Path(config.names).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FusekernError(f"text.names: {config.names} cannot be read: {error}") from error
     if len(known) != len(rows):

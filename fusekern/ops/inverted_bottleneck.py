@@ -517,8 +517,12 @@ def with_recipe(
         BatchStatistics(*seen[2::2].to(_like(norm, image).dtype)) if norm.batch else None
         for norm, seen in zip(norms, vectors, strict=True)
     )
-    # Detached: its gradient comes another way, and compiled autograd has no use for one that is always none.
-    recipe = Recipe(out, y3, vectors[2], image.detach() if residual else None, chosen) if learning else None
+    skip = image if residual else None
+    if residual and not torch.compiler.is_compiling():
+        # Its gradient comes another way, and compiled autograd cannot add one that is always none. A compiled forward
+        # can, and would keep a detached image beside the other.
+        skip = image.detach()
+    recipe = Recipe(out, y3, vectors[2], skip, chosen) if learning else None
     return out, statistics, recipe
 
 

@@ -73,7 +73,7 @@ def test_every_bad_file_is_found(broken, tmp_path):
 
 def test_rendered_problems(broken, tmp_path):
     text = render(check(broken, tmp_path))
-    assert "train: 9 images, 8 labels, 8 problems" in text
+    assert "train: 9 images, 8 labels, 7 problems" in text
     assert "labels/size.png: 8 x 4 pixels, but its image" in text
     assert "range.png: label values 3 are out of range: 3 classes have 0 to 2" in text
     assert "a label of mode RGB; a single-channel or palette PNG" in text
@@ -116,6 +116,19 @@ def test_nested_labels_without_images(small, picture, tmp_path):
     assert problems == {"label without an image": [str(tmp_path / "labels" / name) for name in ("3.png", "x/2.png")]}
 
 
+def test_labels_of_both_splits_in_one_folder(small, picture, tmp_path):
+    splits = [f'{name}: {{images: "{name[0]}/*.png", labels: "labels/{{stem}}.png"}}\n' for name in ("train", "val")]
+    path = small("".join(splits) + "names: [ground, plant, stone]\n")
+    for file in ("t/1.png", "labels/1.png", "v/2.png", "labels/2.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[file.startswith("labels")]).save(tmp_path / file)
+    assert all(split["problems"] == {} for split in check(path, tmp_path)["splits"].values())
+    Image.fromarray(picture[1]).save(tmp_path / "labels" / "2_color.png")
+    report = check(path, tmp_path)  # nobody reads it
+    assert report["ok"] and list(report["splits"]["val"]["problems"]) == ["label without an image"]
+    assert "1 images, 1 labels, no problems" in render(report) and "2_color.png" in render(report)
+
+
 def test_folders_that_no_image_can_refer_to_are_not_looked_into(small, picture, tmp_path):
     path = small(a=picture)
     (tmp_path / "labels" / "old").mkdir()
@@ -136,3 +149,6 @@ def test_needs_a_root_and_a_place_to_write(small, picture, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FusekernError, match="cannot write the contact sheet"):
         check_data(load_spec(small(a=picture)), None, tmp_path / "file" / "sheet.png")
+    for out in (tmp_path / "sheet.txt", tmp_path / "sheet", tmp_path):
+        with pytest.raises(FusekernError, match="--out must be a PNG file"):
+            check_data(load_spec(tmp_path / "small.yaml"), None, out)

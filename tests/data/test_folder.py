@@ -51,6 +51,13 @@ def test_grey_labels_of_few_bits_are_not_stretched(tmp_path, picture, bits):
     assert (read_label_values(tmp_path / "few.png") == picture[1]).all()
 
 
+def test_labels_of_one_bit(tmp_path, picture):
+    Image.fromarray(picture[1] > 0).save(tmp_path / "bit.png")
+    assert Image.open(tmp_path / "bit.png").mode == "1"
+    values = read_label_values(tmp_path / "bit.png")
+    assert values.dtype == np.uint8 and (values == (picture[1] > 0)).all()
+
+
 def test_labels_of_16_bits(tmp_path, picture, small):
     wide = picture[1].astype(np.uint16)
     wide[0, 0] = 255
@@ -79,7 +86,7 @@ def test_exif_rotation_is_ignored(tmp_path, picture):
     assert (read_image(tmp_path / "turned.png").permute(1, 2, 0).numpy() == picture[0]).all()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "F"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
 def test_label_of_another_mode_is_refused(tmp_path, picture, mode, small):
     path = tmp_path / ("label.tif" if mode == "F" else "label.png")
     Image.fromarray(picture[1]).convert(mode).save(path)

@@ -79,9 +79,9 @@ def test_batch_that_does_not_divide():
     assert str(error.value) == (
         "train.batch 12 is the global batch: it must be a multiple of 8 (4 processes times train.accumulate 2)"
     )
-    with pytest.raises(FusekernError, match="train.batch 0"):
+    with pytest.raises(FusekernError, match="train.batch must be 1 or more, found 0"):
         keys(batch=0)
-    with pytest.raises(FusekernError, match="train.accumulate 0"):
+    with pytest.raises(FusekernError, match="train.accumulate must be 1 or more, found 0"):
         keys(accumulate=0)
     with pytest.raises(FusekernError, match="train.seed must be 0 or more, found -1"):
         keys(seed=-1)

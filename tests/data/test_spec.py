@@ -87,7 +87,7 @@ def test_out_of_range_names_file_values_and_range():
     assert str(error.value) == (
         "dir/a.png: label values 7, 9 are out of range: 3 classes have 1 to 3, and 0 and 255 are ignored"
     )
-    with pytest.raises(FusekernError, match=r"numbered from 1\? Then set reduce_zero_label: true"):
+    with pytest.raises(FusekernError, match=r"numbered from 1, and .*\? Then set reduce_zero_label: true"):
         spec(3).to_train(np.array([[0, 1, 2, 3]], np.uint8), "a.png")
 
 

@@ -2,6 +2,7 @@ import errno
 import io
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -291,6 +292,42 @@ def test_a_label_that_an_evaluation_finds_bad_costs_no_training(data, tmp_path):
     )
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (checkpoints.find(tmp_path / "run") / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_a_file_that_training_cannot_read_costs_no_step(data, tmp_path, monkeypatch):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    files = {file: file.read_bytes() for file in (copy / "images" / "train").iterdir()}
+    recipe = micro_recipe(copy, train__steps=6, train__eval_every=0, train__save_every=0)
+    update = training._Run._update
+
+    def spoil(run):
+        if run.step == 2:
+            for file, content in files.items():
+                file.write_bytes(content[:60])
+        return update(run)
+
+    with monkeypatch.context() as patch, pytest.raises(FusekernError) as stop:
+        patch.setattr(training._Run, "_update", spoil)
+        train(recipe, out=tmp_path / "run")
+    step = int(checkpoints.find(tmp_path / "run").name[-8:])
+    assert 3 <= step < 6
+    assert re.search(
+        rf"\.png: does not decode.*\(needed by step {step + 1}; .*step-0000000{step}.*auto\)", str(stop.value)
+    )
+    for file, content in files.items():
+        file.write_bytes(content)
+    train(recipe, out=tmp_path / "run", resume="auto")
+    straight = train(
+        micro_recipe(data, train__steps=6, train__eval_every=0, train__save_every=0), out=tmp_path / "other"
+    )
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (checkpoints.find(tmp_path / "run") / name).read_bytes() == (straight / name).read_bytes()
+    for file, content in files.items():
+        file.write_bytes(content[:60])
+    with pytest.raises(FusekernError, match=r"\(needed by step 1\)$"):
+        train(recipe, out=tmp_path / "new")
+    assert not (tmp_path / "new" / "checkpoints").exists()
 
 
 def test_a_signal_during_an_evaluation_ends_it_at_the_next_image(data, tmp_path, monkeypatch):

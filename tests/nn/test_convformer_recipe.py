@@ -246,7 +246,14 @@ def test_hooks_change_the_image(way, hook, keeping):
         if handle is not None:
             handle.remove()
     assert same(found, wanted)
-    assert same(found, unhooked) == (hook is _look)
+    # With a hook on all modules the children run themselves, which rounds otherwise.
+    alike = _close if way is _hook_everything else same
+    assert alike(found, unhooked) == (hook is _look)
+
+
+def _close(found, wanted):
+    pairs = zip(found, wanted, strict=True)
+    return all((one - other).abs().max() <= 1e-4 * other.abs().max().clamp_min(1) for one, other in pairs)
 
 
 def test_a_hook_on_the_gradient(keeping):
