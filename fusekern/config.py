@@ -137,7 +137,8 @@ class DataConfig:
         workers: loader processes per rank.
     """
 
-    dataset: str = "ade20k"
+    # Its name or path: what is in it is compared by itself.
+    dataset: str = field(default="ade20k", metadata=_NEUTRAL)
     root: str | None = field(default=None, metadata=_NEUTRAL)
     scale: tuple[int, int] = (2048, 512)
     ratio: tuple[float, float] = (0.5, 2.0)

@@ -17,12 +17,15 @@ _ECHO = 1.0  # seconds
 
 
 class Interrupted(FusekernError):
-    """A signal stopped the run after ``step`` steps; ``checkpoint`` is where it goes on from."""
+    """A signal stopped the run after ``step`` steps; ``checkpoint`` is where it goes on from, unless all are done."""
 
     exit_code = 130  # as a shell says of SIGINT
 
-    def __init__(self, step: int, checkpoint: Path):
-        super().__init__(f"interrupted at step {step}; saved {checkpoint}; continue with --resume auto")
+    def __init__(self, step: int, checkpoint: Path, ended: bool = False):
+        rest = "continue with --resume auto"
+        if ended:
+            rest = f"all steps are done: score it with fusekern eval {checkpoint}"
+        super().__init__(f"interrupted at step {step}; saved {checkpoint}; {rest}")
         self.step, self.checkpoint = step, checkpoint
 
 

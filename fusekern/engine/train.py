@@ -339,7 +339,7 @@ class _Run:
         )
         (stopped,) = any_rank(signals.requested, device=self.device)
         if stopped:
-            raise Interrupted(self.step, saved)
+            raise Interrupted(self.step, saved, ended=self.step == self.recipe.train.steps)
         reports.evaluation(self.step, matrix, "ema" if averaged else "model")
         if self.rank == 0:
             checkpoints.set_score(saved, self.score)

@@ -343,4 +343,6 @@ def test_a_signal_during_an_evaluation_ends_it_at_the_next_image(data, tmp_path,
         train(micro_recipe(data, train__steps=4, train__eval_every=2), out=tmp_path / "run")
     assert len(seen) == 1
     assert (stop.value.step, stop.value.checkpoint.name) == (2, "step-00000002")
-    assert stop.value.checkpoint.is_dir()
+    assert stop.value.checkpoint.is_dir() and "continue with --resume auto" in str(stop.value)
+    with pytest.raises(Interrupted, match=r"all steps are done: score it with fusekern eval .*step-00000004$"):
+        train(micro_recipe(data, train__steps=4, train__eval_every=4), out=tmp_path / "other")
