@@ -103,9 +103,16 @@ def check_data(argv: Sequence[str]) -> None:
         "--out", metavar="PNG", type=Path, default=Path("check-data.png"), help="contact sheet of overlays"
     )
     options = parser.parse_args(argv)
-    if options.data not in built_in_datasets() and recipes.is_recipe(options.data):
-        data = recipes.load(options.data).data
-        options.data, options.root = data.dataset, options.root or data.root
+    if options.data not in built_in_datasets():
+        if recipes.is_recipe(options.data):
+            data = recipes.load(options.data).data
+            options.data, options.root = data.dataset, options.root or data.root
+        elif not Path(options.data).is_file():
+            known = [*recipes.names(), *built_in_datasets()]
+            raise FusekernError(
+                f"{options.data!r} is no YAML file, no recipe and no built-in data set"
+                + (did_you_mean(options.data, known) or f": {', '.join(known)}")
+            )
     ensure_built_in(options.data, options.root)
     report = check(load_spec(options.data), options.root, options.out)
     print(render(report))

@@ -109,6 +109,14 @@ def test_predict_writes_labels_and_overlays(run, scenes, tmp_path, capsys):
     assert np.asarray(Image.open(labels[0])).min() >= 1  # 0 is void in the scenes' own ids
 
 
+def test_a_data_set_is_told_from_a_recipe(tmp_path, capsys):
+    path = tmp_path / "streets.yaml"
+    path.write_text("names: [road]\ntrain: {images: '*.jpg', labels: '{stem}.png'}\n")
+    assert "is a data set, not a recipe: give it as --data.dataset" in error_of(capsys, "train", path)
+    assert "no built-in data set; did you mean demo?" in error_of(capsys, "check-data", "demoo")
+    assert "no built-in data set: " in error_of(capsys, "check-data", "zzzzzz")
+
+
 def test_predictions_are_not_written_over_other_files(run, scenes, tmp_path, capsys):
     image = next((scenes / "images" / "validation").iterdir())
     mine = tmp_path / "labels" / f"{image.stem}.png"

@@ -219,6 +219,8 @@ def _check_keys(path: Path) -> None:
     values = _read(path)
     if not isinstance(values, dict):
         raise FusekernError(f"{path}: found {type(values).__name__}, a recipe is a mapping of keys to values")
+    if "names" in values:
+        raise FusekernError(f"{path} is a data set, not a recipe: give it as --data.dataset beside a recipe")
     known = list(_keys(Recipe))
     for key in _given(values):
         if key not in known:
