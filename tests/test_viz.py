@@ -141,3 +141,9 @@ def test_plots_leave_pyplot_alone(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_no_formulas(tmp_path):
+    names = ["road $a_$", 'b"ä,x $^{$', "c"]
+    viz.confusion_png(np.eye(3, dtype=np.int64), names, tmp_path / "confusion.png", "a title with $^{$")
+    assert (tmp_path / "confusion.png").stat().st_size > 5000

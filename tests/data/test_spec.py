@@ -171,3 +171,20 @@ def test_root(tmp_path):
         data_root(found, tmp_path / "nowhere")
     with pytest.raises(FusekernError, match=r"set.yaml is not a folder"):
         data_root(found, write(tmp_path, ""))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "names.txt").write_text("road\nsky\n", encoding="utf-8-sig")
+    path = tmp_path / "streets.yaml"
+    path.write_text("root: .\nnames: names.txt\ntrain: {images: '*.jpg', labels: '{stem}.png'}\n")
+    spec = load_spec(path)
+    assert spec.names == ("road", "sky") and spec.root == tmp_path
+
+
+def test_a_root_does_not_depend_on_where_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "streets.yaml").write_text(
+        "root: .\nnames: [road]\ntrain: {images: '*.jpg', labels: '{stem}.png'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_spec("data/streets.yaml").root == tmp_path / "data"
