@@ -542,7 +542,11 @@ def _check_norm(name: str, norm: BatchNorm, width: int, image: Tensor) -> None:
         raise ValueError(f"{name} needs a running mean and variance, or batch=True")
     dtype, device = image.dtype, image.device
     for part, tensor in zip(("weight", "bias", "mean", "var"), norm[:4], strict=True):
-        if tensor is None or (tensor.dtype == dtype and tensor.device == device and tensor.shape == (width,)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            check_tensors(**{f"{name}.{part}": tensor})
+        if tensor.dtype == dtype and tensor.device == device and tensor.shape == (width,):
             continue
         if tensor.shape != (width,):
             raise ValueError(f"{name}.{part} must be [c] with c = {width}; got shape {list(tensor.shape)}")
