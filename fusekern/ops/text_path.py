@@ -143,7 +143,7 @@ def _backward(ctx, *grads):
     out, no_query = saved[23], saved[21] is None
     if all(grad is None for grad in grads):
         return (None,) * 27
-    unused = [i for i, grad in enumerate(grads[1:4]) if grad is None]
+    unused = [i for i, grad in enumerate(grads[1:4]) if grad is None or (i == 2 and no_query)]
     grads = [torch.zeros_like(out) if grad is None else grad for grad in grads[: 3 if no_query else 4]]
     grads += [out.new_empty(0)] * no_query
     gradients = list(_text_path_backward(*grads, *saved, ctx.heads, ctx.backend))
