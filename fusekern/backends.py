@@ -132,7 +132,7 @@ def resolve(op: str, backend: str, *arguments: Any) -> str:
             raise FusekernError(f"backend {name!r} cannot run {op}: {'; '.join(reasons)}")
         return name
     chosen = "reference"
-    # Not is_exporting(): torch before 2.14 compiles it to a yes, export or not.
+    # Not is_exporting(): torch 2.11 compiles it to a yes, export or not.
     if not torch.compiler._is_exporting_flag and not _transform():
         device = arguments[0].device.type
         for candidate, traits in BACKENDS.items():

@@ -79,9 +79,7 @@ def evaluate_checkpoint(
             f"{checkpoint}: its classes stand in another order than those of the data set {spec.name!r}: {moved[0]!r} "
             f"is class {known.index(moved[0])} of the checkpoint and {spec.names.index(moved[0])} of the data set"
         )
-    renamed = [
-        f"{mine!r} is {theirs!r} there" for mine, theirs in zip(known, spec.names, strict=True) if mine != theirs
-    ]
+    renamed = [f"{new!r} was {old!r}" for old, new in zip(known, spec.names, strict=True) if old != new]
     if root is None and dataset is None:
         root = loaded.recipe.data.root
     folder = SegmentationFolder(spec, split, root)
@@ -115,7 +113,7 @@ def evaluate_checkpoint(
     if state.is_main_process:
         lines = [describe(report), "", matrix.table(spec.names, note)]
         if renamed:
-            lines.insert(1, f"classes whose names are others in the checkpoint: {', '.join(renamed)}")
+            lines.insert(1, f"{len(renamed)} classes had other names in training: {', '.join(renamed[:5])}")
         if train is not None:
             colour = histogram_baseline(train, folder, len(spec.names))
             report["baseline"] = colour.to_dict(spec.names)

@@ -122,10 +122,10 @@ def _besides(block: nn.Module, names: Parts) -> str:
             return "hooks or another module in the place of conv"
         if len(block.conv) == 3:
             return "no expansion"
-        *stages, _, norm = block.conv
+        *stages, _, last = block.conv
         if len(stages) != 2 or not all(is_plain(stage, type(stage)) and len(stage) == 3 for stage in stages):
             return "other stages"
-        if not all(is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) for norm in (stages[0][1], stages[1][1], norm)):
+        if not all(is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) for norm in (stages[0][1], stages[1][1], last)):
             return "other norms"
         activations = [stage[2] for stage in stages]
     for activation in activations:

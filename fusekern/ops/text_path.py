@@ -60,6 +60,7 @@ _PARAMETERS = ", ".join(
         "Tensor? query_weight, Tensor? query_bias",
     ]
 )
+_EXITS = 18  # behind tokens, what was gathered and 16 parameters: weights and biases of key, value and query
 _SAVED = ("sums0", "qkv", "mixed", "lse", "sums1", "hidden", "sums2", "moments")
 
 
@@ -147,8 +148,8 @@ def _backward(ctx, *grads):
     grads = [torch.zeros_like(out) if grad is None else grad for grad in grads[: 3 if no_query else 4]]
     grads += [out.new_empty(0)] * no_query
     gradients = list(_text_path_backward(*grads, *saved, ctx.heads, ctx.backend))
-    for i in unused:  # of key, value and query: an optimizer would let weights decay whose gradient is zero
-        gradients[18 + 2 * i : 20 + 2 * i] = None, None
+    for i in unused:  # an optimizer would let weights decay whose gradient is zero
+        gradients[_EXITS + 2 * i : _EXITS + 2 * i + 2] = None, None
     return (*gradients, None, None, None)
 
 

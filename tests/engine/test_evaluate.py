@@ -166,7 +166,7 @@ def test_another_data_set_brings_its_own_root(scenes, tmp_path, capsys):
     other.write_text(f"names: [{names}]\nroot: {scenes}\nreduce_zero_label: true\nval: {{{parts}}}\n")
     report = evaluate_checkpoint(tmp_path, dataset=str(other))
     assert report["dataset"] == "other" and report["images"] == 5 and report["classes"][10]["name"] == "class 10"
-    assert "names are others in the checkpoint: 'sky' is 'class 0' there, " in capsys.readouterr().out
+    assert "11 classes had other names in training: 'class 0' was 'sky', " in capsys.readouterr().out
     assert (tmp_path / "eval-other" / "results.json").is_file() and not (tmp_path / "eval").exists()
     with pytest.raises(FusekernError, match="'other' has no split 'train'"):
         evaluate_checkpoint(tmp_path, dataset=str(other), baseline=True)

@@ -294,8 +294,8 @@ def test_compiled(dynamic, narrow, keeping):
     found = learn(block, *arguments, compiled)
     names = ["image", "text", "dimage", "dtext", *(name for name, _ in block.named_parameters())]
     for name, one, other in zip(names, found, wanted, strict=True):
-        if name == "text_to_image.key.bias":  # no softmax depends on it: all there is of its gradient is rounding
-            continue
+        if narrow and name == "text_to_image.key.bias":
+            continue  # no softmax depends on it: all there is of its gradient is bf16's rounding
         close = 1e-2 if narrow else 1e-5
         torch.testing.assert_close(one, other, rtol=close, atol=close * max(1, other.abs().max().item()))
     less = kept_bytes(lambda: compiled(*arguments))

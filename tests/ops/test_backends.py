@@ -125,3 +125,16 @@ def test_a_compiled_function_follows_the_default():
     assert compiled(TENSOR) == "reference"
     with use_backend("cpp"), pytest.raises(FusekernError):
         compiled(TENSOR)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_auto_is_the_kernel_compiled_and_the_reference_exported(cpp, strict):
+    cpp([])
+
+    class Call(torch.nn.Module):
+        def forward(self, x):
+            return x + (1 if resolve("former", "auto", x) == "cpp" else 2)
+
+    torch._dynamo.reset()
+    assert torch.compile(Call(), fullgraph=True, backend="eager")(TENSOR) == 1
+    assert torch.export.export(Call(), (TENSOR,), strict=strict).module()(TENSOR) == 2
